@@ -1,0 +1,1 @@
+"""Numba-accelerated recurrent networks whose gradients can be measured exactly."""

@@ -1,0 +1,1 @@
+"""Sequence kernels, one file per backend."""
