@@ -4,8 +4,14 @@
 """
 
 from types import ModuleType
+from typing import Any, NamedTuple
 
-__all__ = ["DEVICES", "DeviceNotAvailable", "backend"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DEVICES", "DeviceNotAvailable", "LayerGradients", "LayerTrace", "LayerWeights", "backend"]
+
+Array = NDArray[Any]
 
 DEVICES = ("cpu", "cuda")
 
@@ -26,3 +32,44 @@ def backend(device: str) -> ModuleType:
     if device == "cuda":
         raise DeviceNotAvailable("device 'cuda' cannot be used: this version of rnnlab has kernels for the CPU only")
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one layer in one direction, named and shaped as PyTorch does; absent biases are zeros.
+
+    weight_ih (G·H, I), weight_hh (G·H, H), bias_ih and bias_hh (G·H,), peephole (P·H,).
+    """
+
+    weight_ih: Array
+    weight_hh: Array
+    bias_ih: Array
+    bias_hh: Array
+    peephole: Array
+
+
+class LayerTrace(NamedTuple):
+    """What one layer in one direction computed, in its own order of processing, and what its backward needs.
+
+    x (T, B, I); state (S, T+1, B, H), slot 0 initial, held past the end of a sequence; saved (T, B, K·H), undefined
+    past the end; reset_h (T, B, H), r ∘ h_{t−1} of a cell that resets before the product, else empty; lengths (B,).
+    """
+
+    x: Array
+    state: Array
+    saved: Array
+    reset_h: Array
+    lengths: NDArray[np.int64]
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of one layer in one direction.
+
+    weights: dL/d each weight; None for a scaled adjoint, whose steps have different units. x (T, B, I); state
+    (S, T+1, B, H), the total derivative at every slot. With a scaled adjoint the true values are state·2^exponent,
+    exponent (T+1, B), and x[t]·2^exponent[t+1].
+    """
+
+    weights: LayerWeights | None
+    x: Array
+    state: Array
+    exponent: NDArray[np.int64] | None

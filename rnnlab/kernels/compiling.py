@@ -1,0 +1,49 @@
+"""How the sequence kernels are compiled and kept on disk."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from numba import njit
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+__all__ = ["kernel"]
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def _source_hash() -> str:
+    """Hash of every file whose code ends up inside a kernel: Numba itself watches only the file of the outer function."""
+    digest = hashlib.sha256()
+    for path in [_PACKAGE / "activations.py", _PACKAGE / "cells.py", *sorted((_PACKAGE / "kernels").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _KernelCache(FunctionCache):
+    """Numba's on-disk cache for a function made by a factory.
+
+    Numba's own key of a closure changes from process to process, and its numbering of data files lets two processes
+    that compile two closures of one factory overwrite each other. Here each variant has a file of its own, valid as
+    long as the sources are.
+    """
+
+    def __init__(self, py_func, variant):
+        super().__init__(py_func)
+        self._variant = variant
+        self._cache_file = IndexDataCacheFile(self.cache_path, f"{self._impl.filename_base}-{variant}", _source_hash())
+
+    def _index_key(self, sig, codegen):
+        return sig, codegen.magic_tuple(), self._variant
+
+
+def kernel(variant):
+    """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`."""
+
+    def decorate(function):
+        dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        dispatcher._cache = _KernelCache(function, variant)
+        return dispatcher
+
+    return decorate

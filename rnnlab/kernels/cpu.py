@@ -1,0 +1,441 @@
+"""Sequence kernels for the CPU: forward and backpropagation through time of one layer in one direction.
+
+Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h and c), P peepholes, K numbers saved.
+
+    x (T, B, I)      ax, dax, dah (T, B, G·H)       state, d_state (S, T+1, B, H), slot 0 is the initial state
+    ah (B, G·H)      weight_hh (G·H, H)             saved (T, B, K·H); block k holds number k of every unit
+
+Each kernel is made once from a cell's `step` and `step_backward`. The product with the inputs of all steps is one large
+product before the time loop, the weight gradients are large products after it; in the loop stay W_hh and the cell.
+
+The cell works on panels of V units, V filling one vector register. The arguments and results of `step` are rows of one
+small array, because only then can LLVM prove that loads and stores never overlap, and turn the loop into vector code.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+from numba import njit
+from numpy.typing import DTypeLike, NDArray
+
+from ..activations import scalar
+from ..cells import CELLS, Cell
+from . import LayerGradients, LayerTrace, LayerWeights
+from .compiling import kernel
+from .simd import VECTOR_BYTES
+
+__all__ = ["backward", "forward", "jacobian", "warmup"]
+
+
+# Panels: V units side by side ---------------------------------------------------------------------------------------
+
+
+@cache
+def _take(count):
+    """Build (a, first, stride) ↦ the numbers a[first], a[first + stride], … as a tuple of `count`."""
+    if count == 0:
+        return scalar(lambda a, first, stride: ())
+    rest, last = _take(count - 1), count - 1
+    return scalar(lambda a, first, stride: (*rest(a, first, stride), a[first + last * stride]))
+
+
+@cache
+def _put(count):
+    """Build the inverse of `_take(count)`."""
+    if count == 0:
+        return scalar(lambda a, first, stride, values: None)
+    rest, last = _put(count - 1), count - 1
+
+    @scalar
+    def put(a, first, stride, values):
+        rest(a, first, stride, values)
+        a[first + last * stride] = values[last]
+
+    return put
+
+
+@njit(forceinline=True)
+def _copy(target, to, source, start, count):
+    for v in range(count):
+        target[to + v] = source[start + v]
+
+
+@njit(forceinline=True)
+def _add(target, to, source, start, count):
+    for v in range(count):
+        target[to + v] += source[start + v]
+
+
+# Forward ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _forward_kernel(cell: Cell, dtype):
+    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+    V = VECTOR_BYTES // dtype.itemsize
+    AX, AH, PEEPHOLE, OLD, NEW, SAVED = (V * row for row in (0, G, 2 * G, 2 * G + P, 2 * G + P + S, 2 * G + P + 2 * S))
+    SIZE = SAVED + V * K
+    RESET = cell.reset is not None
+    step, product_after_reset = cell.step, _reset_forward(cell) if RESET else None
+    take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
+
+    @kernel(f"{cell.name}-{dtype}")
+    def forward(ax, weight_hh, bias_hh, peephole, lengths, state, saved, reset_h):
+        """Fill state[:, 1:], saved and reset_h; a `saved` of one step is a buffer that every step writes anew."""
+        T, B, H = ax.shape[0], ax.shape[1], weight_hh.shape[1]
+        ah, panel = np.empty((B, G * H), ax.dtype), np.zeros(SIZE, ax.dtype)
+        work = np.empty(B * (G - 1) * H if RESET else 0, ax.dtype)
+        for t in range(T):
+            slot = t if saved.shape[0] == T else 0
+            if RESET:
+                product_after_reset(weight_hh, bias_hh, ax[t], state[0, t], ah, saved[slot], reset_h[slot], work)
+            else:
+                np.dot(state[0, t], weight_hh.T, ah)
+            for b in range(B):
+                if t >= lengths[b]:
+                    for s in range(S):
+                        _copy(state[s, t + 1, b], 0, state[s, t, b], 0, H)
+                    continue
+                for j in range(0, H, V):
+                    n = min(V, H - j)
+                    for g in range(G):
+                        _copy(panel, AX + g * V, ax[t, b], g * H + j, n)
+                        _copy(panel, AH + g * V, ah[b], g * H + j, n)
+                        _add(panel, AH + g * V, bias_hh, g * H + j, n)
+                    for p in range(P):
+                        _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
+                    for s in range(S):
+                        _copy(panel, OLD + s * V, state[s, t, b], j, n)
+                    for v in range(V):
+                        new, kept = step(
+                            take_gates(panel, AX + v, V),
+                            take_gates(panel, AH + v, V),
+                            take_peepholes(panel, PEEPHOLE + v, V),
+                            take_states(panel, OLD + v, V),
+                        )
+                        put_states(panel, NEW + v, V, new)
+                        put_saved(panel, SAVED + v, V, kept)
+                    for s in range(S):
+                        _copy(state[s, t + 1, b], j, panel, NEW + s * V, n)
+                    for k in range(K):
+                        _copy(saved[slot, b], k * H + j, panel, SAVED + k * V, n)
+
+    return forward
+
+
+@cache
+def _reset_forward(cell: Cell):
+    """Build the two products of a cell that resets h before the product of its last gate."""
+    G, K = len(cell.gates), cell.saved
+    reset, _ = cell.reset
+
+    @njit(error_model="numpy")
+    def product_after_reset(weight_hh, bias_hh, ax, h, ah, saved, reset_h, work):
+        """Fill ah (B, G·H): W_hh h for all gates but the last, W_hn (r ∘ h) for the last; keep r ∘ h in reset_h."""
+        B, H = h.shape
+        first = (G - 1) * H
+        head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
+        np.dot(h, weight_hh[:first].T, head)
+        for b in range(B):
+            _copy(ah[b], 0, head[b], 0, first)
+            for j in range(H):
+                reset_h[b, j], kept = reset(ax[b, j], ah[b, j] + bias_hh[j], h[b, j])
+                saved[b, K * H + j], saved[b, (K + 1) * H + j] = kept
+        np.dot(reset_h, weight_hh[first:].T, tail)
+        for b in range(B):
+            _copy(ah[b], first, tail[b], 0, H)
+
+    return product_after_reset
+
+
+# Backward -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _backward_kernel(cell: Cell, dtype):
+    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+    V = VECTOR_BYTES // dtype.itemsize
+    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, OLD = (
+        V * row for row in np.cumsum([0, K, P, S, G, G, P]).tolist()
+    )
+    SIZE = OLD + V * S
+    RESET, JOINT = cell.reset is not None, cell.joint
+    step_backward, product_before_reset = cell.step_backward, _reset_backward(cell) if RESET else None
+    take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
+    put_gates, put_peepholes, put_states = _put(G), _put(P), _put(S)
+
+    @kernel(f"{cell.name}-{dtype}")
+    def backward(
+        d_output, d_output_exponent, weight_hh, peephole, lengths, saved, d_state, exponent, dax, dah, d_peephole
+    ):
+        """Turn d_state[:, T] and d_output into d_state, dax, dah (the same array as dax if joint) and d_peephole.
+
+        With an `exponent` of T+1 steps (instead of none) the adjoint is rescaled at every step, see `_add_scaled`.
+        """
+        T, B, H = dax.shape[0], dax.shape[1], weight_hh.shape[1]
+        dh, panel = np.empty((B, H), dax.dtype), np.zeros(SIZE, dax.dtype)
+        work, d_reset = np.empty(B * (G - 1) * H if RESET else 0, dax.dtype), np.empty((B, H), dax.dtype)
+        for t in range(T - 1, -1, -1):
+            for b in range(B):
+                if t >= lengths[b]:
+                    for s in range(S):
+                        _copy(d_state[s, t, b], 0, d_state[s, t + 1, b], 0, H)
+                    dax[t, b] = 0
+                    dah[t, b] = 0
+                    if exponent.shape[0] > 0:
+                        exponent[t, b] = exponent[t + 1, b]
+                    continue
+                if exponent.shape[0] > 0:
+                    exponent[t, b] = _add_scaled(
+                        d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
+                    )
+                    exponent[t + 1, b] = exponent[t, b]
+                else:
+                    _add(d_state[0, t + 1, b], 0, d_output[t, b], 0, H)
+                for j in range(0, H, V):
+                    n = min(V, H - j)
+                    for k in range(K):
+                        _copy(panel, SAVED + k * V, saved[t, b], k * H + j, n)
+                    for p in range(P):
+                        _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
+                    for s in range(S):
+                        _copy(panel, NEW + s * V, d_state[s, t + 1, b], j, n)
+                    for v in range(V):
+                        da_x, da_h, dp, d_old = step_backward(
+                            take_saved(panel, SAVED + v, V),
+                            take_peepholes(panel, PEEPHOLE + v, V),
+                            take_states(panel, NEW + v, V),
+                        )
+                        put_gates(panel, DAX + v, V, da_x)
+                        put_gates(panel, DAH + v, V, da_h)
+                        put_peepholes(panel, DP + v, V, dp)
+                        put_states(panel, OLD + v, V, d_old)
+                    for g in range(G):
+                        _copy(dax[t, b], g * H + j, panel, DAX + g * V, n)
+                        if not JOINT:
+                            _copy(dah[t, b], g * H + j, panel, DAH + g * V, n)
+                    for p in range(P):
+                        _add(d_peephole[b], p * H + j, panel, DP + p * V, n)
+                    for s in range(S):
+                        _copy(d_state[s, t, b], j, panel, OLD + s * V, n)
+            if RESET:
+                product_before_reset(weight_hh, saved[t], dah[t], dh, d_reset, work)
+            else:
+                np.dot(dah[t], weight_hh, dh)
+            for b in range(B):
+                _add(d_state[0, t, b], 0, dh[b], 0, H)
+
+    return backward
+
+
+@cache
+def _reset_backward(cell: Cell):
+    """Build the backward of `_reset_forward`."""
+    G, K = len(cell.gates), cell.saved
+    _, reset_backward = cell.reset
+
+    @njit(error_model="numpy")
+    def product_before_reset(weight_hh, saved, da, dh, d_reset, work):
+        """Fill dh (B, H), dL/dh_{t−1} through both products, and the block of the reset gate in da (B, G·H)."""
+        B, H = dh.shape
+        first = (G - 1) * H
+        head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
+        for b in range(B):
+            _copy(tail[b], 0, da[b], first, H)
+        np.dot(tail, weight_hh[first:], d_reset)
+        for b in range(B):
+            for j in range(H):
+                kept = (saved[b, K * H + j], saved[b, (K + 1) * H + j])
+                da[b, j], d_reset[b, j] = reset_backward(kept, d_reset[b, j])
+            _copy(head[b], 0, da[b], 0, first)
+        np.dot(head, weight_hh[:first], dh)
+        for b in range(B):
+            _add(dh[b], 0, d_reset[b], 0, H)
+
+    return product_before_reset
+
+
+# The log-scaled adjoint ---------------------------------------------------------------------------------------------
+
+
+@njit
+def _largest(values):
+    """Return the exponent e of the largest magnitude, in [2^(e−1), 2^e), and whether there is one that is not zero."""
+    largest = abs(values[0])
+    for v in values:
+        largest = max(largest, abs(v))
+    return math.frexp(largest)[1], largest > 0
+
+
+@njit
+def _power_of_two(one, n):
+    """Return 2ⁿ in the type of `one`, as two factors of which neither over- nor underflows before the product does."""
+    n = max(min(n, 1200), -1200)
+    half = n // 2
+    return math.ldexp(one, half), math.ldexp(one, n - half)
+
+
+@njit
+def _add_scaled(d_state, exponent, direct, direct_exponent):
+    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
+
+    Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
+    """
+    S, H = d_state.shape
+    one = d_state.dtype.type(1)
+    top, found = direct_exponent, False
+    for s in range(S):
+        e, nonzero = _largest(d_state[s])
+        if nonzero:
+            top, found = max(top, exponent + e) if found else exponent + e, True
+    e, nonzero = _largest(direct)
+    if nonzero:
+        top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
+    if not found:
+        return exponent
+    low, high = _power_of_two(one, exponent - top)
+    for s in range(S):
+        for j in range(H):
+            d_state[s, j] = d_state[s, j] * low * high
+    low, high = _power_of_two(one, direct_exponent - top)
+    for j in range(H):
+        d_state[0, j] += direct[j] * low * high
+    return top
+
+
+# Jacobian -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _diagonals_kernel(cell: Cell, dtype):
+    """Unit cotangents through `step_backward`: the diagonals of which the Jacobian is made."""
+    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+    step_backward = cell.step_backward
+    take_saved, take_peepholes, take_states, put_gates, put_states = _take(K), _take(P), _take(S), _put(G), _put(S)
+
+    @kernel(f"{cell.name}-{dtype}")
+    def diagonals(saved, peephole, unit, d_ah, d_old):
+        """Fill d_ah (S, B, G·H) and d_old (S, S, B, H): row s is the cotangent of new state s; unit is the identity."""
+        B, H = d_old.shape[2:]
+        row = np.empty(max(G, S), saved.dtype)
+        for s in range(S):
+            for b in range(B):
+                for j in range(H):
+                    _, da_h, _, old = step_backward(
+                        take_saved(saved[b], j, H), take_peepholes(peephole, j, H), take_states(unit[s], 0, 1)
+                    )
+                    put_gates(d_ah[s, b], j, H, da_h)
+                    put_states(row, 0, 1, old)
+                    for q in range(S):
+                        d_old[s, q, b, j] = row[q]
+
+    return diagonals
+
+
+# What a layer calls -------------------------------------------------------------------------------------------------
+
+
+def forward(
+    cell: Cell, x: NDArray, weights: LayerWeights, state: NDArray, lengths: NDArray[np.int64], keep: bool = True
+) -> LayerTrace:
+    """Run one layer in one direction over x (T, B, I) from state (S, B, H).
+
+    With keep=False only the states are kept, which is all that inference needs. Arrays are C-contiguous, of one dtype
+    and checked by the caller.
+    """
+    T, B, _ = x.shape
+    H, S, kept_steps = weights.weight_hh.shape[1], len(cell.states), T if keep else 1
+    ax = np.matmul(x.reshape(T * B, -1), weights.weight_ih.T)
+    ax += weights.bias_ih
+    states = np.empty((S, T + 1, B, H), x.dtype)
+    states[:, 0] = state
+    saved = np.empty((kept_steps, B, (cell.saved + (2 if cell.reset else 0)) * H), x.dtype)
+    reset_h = np.empty((kept_steps if cell.reset else 0, B, H), x.dtype)
+    _forward_kernel(cell, x.dtype)(
+        ax.reshape(T, B, -1), weights.weight_hh, weights.bias_hh, weights.peephole, lengths, states, saved, reset_h
+    )
+    return LayerTrace(x, states, saved, reset_h, lengths)
+
+
+def backward(
+    cell: Cell,
+    trace: LayerTrace,
+    weights: LayerWeights,
+    d_output: NDArray,
+    d_final: NDArray,
+    d_output_exponent: NDArray[np.int64] | None = None,
+) -> LayerGradients:
+    """Backpropagate d_output (T, B, H) and d_final (S, B, H) through one layer (BPTT: Werbos 1990).
+
+    Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
+    two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
+    """
+    T, B, _ = d_output.shape
+    H, S, G = weights.weight_hh.shape[1], len(cell.states), len(cell.gates)
+    scaled = d_output_exponent is not None
+    d_state = np.empty((S, T + 1, B, H), d_output.dtype)
+    d_state[:, T] = d_final
+    exponent = np.zeros((T + 1 if scaled else 0, B), np.int64)
+    dax = np.empty((T, B, G * H), d_output.dtype)
+    dah = dax if cell.joint else np.empty_like(dax)
+    d_peephole = np.zeros((B, weights.peephole.size), d_output.dtype)
+    _backward_kernel(cell, d_output.dtype)(
+        d_output,
+        d_output_exponent if scaled else exponent,
+        weights.weight_hh,
+        weights.peephole,
+        trace.lengths,
+        trace.saved,
+        d_state,
+        exponent,
+        dax,
+        dah,
+        d_peephole,
+    )
+    dx = np.matmul(dax, weights.weight_ih)
+    if scaled:
+        return LayerGradients(None, dx, d_state, exponent)
+    dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
+    d_weight_hh = np.matmul(dah.T, trace.state[0, :T].reshape(T * B, H))
+    if cell.reset:
+        last = slice((G - 1) * H, None)
+        np.matmul(dah[:, last].T, trace.reset_h.reshape(T * B, H), out=d_weight_hh[last])
+    d_weights = LayerWeights(
+        np.matmul(dax.T, trace.x.reshape(T * B, -1)), d_weight_hh, dax.sum(axis=0), dah.sum(axis=0), d_peephole.sum(axis=0)
+    )
+    return LayerGradients(d_weights, dx, d_state, None)
+
+
+def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> NDArray:
+    """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), the states stacked as [h; c].
+
+    J = D_direct + Σ_g diag(D_g)·W_hh,g, the diagonals from `step_backward` with unit cotangents.
+    """
+    H, S, G, B = weights.weight_hh.shape[1], len(cell.states), len(cell.gates), trace.x.shape[1]
+    dtype = trace.x.dtype
+    d_ah, d_old = np.empty((S, B, G * H), dtype), np.empty((S, S, B, H), dtype)
+    _diagonals_kernel(cell, dtype)(trace.saved[t], weights.peephole, np.eye(S, dtype=dtype), d_ah, d_old)
+    products = np.broadcast_to(weights.weight_hh.reshape(G, H, H), (B, G, H, H))
+    if cell.reset:
+        r, reset_r = trace.saved[t].reshape(B, -1, H)[:, cell.saved :].swapaxes(0, 1)
+        d_reset = reset_r[:, :, None] * products[:, 0] + r[:, :, None] * np.eye(H, dtype=dtype)
+        products = np.stack([*products.swapaxes(0, 1)[:-1], products[:, -1] @ d_reset], axis=1)
+    J = np.zeros((B, S, H, S, H), dtype)
+    J[:, :, :, 0] = np.einsum("sbgj,bgjk->bsjk", d_ah.reshape(S, B, G, H), products)
+    unit = np.arange(H)
+    J[:, :, unit, :, unit] += d_old.transpose(3, 2, 0, 1)
+    J[t >= trace.lengths] = np.eye(S * H, dtype=dtype).reshape(S, H, S, H)
+    return J.reshape(B, S * H, S * H)
+
+
+def warmup(cell_name: str, dtype: DTypeLike) -> None:
+    """Compile the kernels of a cell, or load them from Numba's cache on disk, by running them once."""
+    cell, dtype = CELLS[cell_name], np.dtype(dtype)
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    shapes = ((G, 1), (G, 1), (G,), (G,), (P,))
+    weights = LayerWeights(*(np.zeros(shape, dtype) for shape in shapes))
+    state, d_output = np.zeros((S, 1, 1), dtype), np.zeros((1, 1, 1), dtype)
+    trace = forward(cell, np.zeros((1, 1, 1), dtype), weights, state, np.ones(1, np.int64))
+    backward(cell, trace, weights, d_output, state)
+    jacobian(cell, trace, weights, 0)
