@@ -23,12 +23,17 @@ from ..activations import scalar
 from ..cells import CELLS, Cell
 from . import LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
-from .simd import VECTOR_BYTES
+from .simd import VECTOR_BYTES, move_vector
 
 __all__ = ["backward", "forward", "jacobian", "warmup"]
 
 
 # Panels: V units side by side ---------------------------------------------------------------------------------------
+
+
+def _rows(V, *counts):
+    """Return where each group of rows of a panel begins, and its size."""
+    return [V * sum(counts[:k]) for k in range(len(counts) + 1)]
 
 
 @cache
@@ -41,30 +46,28 @@ def _take(count):
 
 
 @cache
-def _put(count):
-    """Build the inverse of `_take(count)`."""
+def _put(count, add=False):
+    """Build the inverse of `_take(count)`, which stores (or adds) `values` where that one reads."""
     if count == 0:
         return scalar(lambda a, first, stride, values: None)
-    rest, last = _put(count - 1), count - 1
+    rest, last = _put(count - 1, add), count - 1
 
     @scalar
     def put(a, first, stride, values):
         rest(a, first, stride, values)
-        a[first + last * stride] = values[last]
+        a[first + last * stride] = a[first + last * stride] + values[last] if add else values[last]
 
     return put
 
 
 @njit(forceinline=True)
 def _copy(target, to, source, start, count):
-    for v in range(count):
-        target[to + v] = source[start + v]
-
-
-@njit(forceinline=True)
-def _add(target, to, source, start, count):
-    for v in range(count):
-        target[to + v] += source[start + v]
+    """target[to : to + count] = source[start : start + count] for at most one panel: whole, but for a row's last."""
+    if count == VECTOR_BYTES // target.itemsize:
+        move_vector(target, to, source, start)
+    else:
+        for v in range(count):
+            target[to + v] = source[start + v]
 
 
 # Forward ------------------------------------------------------------------------------------------------------------
@@ -74,8 +77,7 @@ def _add(target, to, source, start, count):
 def _forward_kernel(cell: Cell, dtype):
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     V = VECTOR_BYTES // dtype.itemsize
-    AX, AH, PEEPHOLE, OLD, NEW, SAVED = (V * row for row in (0, G, 2 * G, 2 * G + P, 2 * G + P + S, 2 * G + P + 2 * S))
-    SIZE = SAVED + V * K
+    AX, AH, BIAS, PEEPHOLE, OLD, NEW, SAVED, SIZE = _rows(V, G, G, G, P, S, S, K)
     RESET = cell.reset is not None
     step, product_after_reset = cell.step, _reset_forward(cell) if RESET else None
     take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
@@ -86,6 +88,7 @@ def _forward_kernel(cell: Cell, dtype):
         T, B, H = ax.shape[0], ax.shape[1], weight_hh.shape[1]
         ah, panel = np.empty((B, G * H), ax.dtype), np.zeros(SIZE, ax.dtype)
         work = np.empty(B * (G - 1) * H if RESET else 0, ax.dtype)
+        flat_ax, flat_ah, flat_state, flat_saved = ax.reshape(-1), ah.reshape(-1), state.reshape(-1), saved.reshape(-1)
         for t in range(T):
             slot = t if saved.shape[0] == T else 0
             if RESET:
@@ -94,32 +97,34 @@ def _forward_kernel(cell: Cell, dtype):
                 np.dot(state[0, t], weight_hh.T, ah)
             for b in range(B):
                 if t >= lengths[b]:
-                    for s in range(S):
-                        _copy(state[s, t + 1, b], 0, state[s, t, b], 0, H)
+                    state[:, t + 1, b] = state[:, t, b]
                     continue
+                row, old, kept = (t * B + b) * G * H, (t * B + b) * H, (slot * B + b) * saved.shape[2]
                 for j in range(0, H, V):
                     n = min(V, H - j)
                     for g in range(G):
-                        _copy(panel, AX + g * V, ax[t, b], g * H + j, n)
-                        _copy(panel, AH + g * V, ah[b], g * H + j, n)
-                        _add(panel, AH + g * V, bias_hh, g * H + j, n)
+                        _copy(panel, AX + g * V, flat_ax, row + g * H + j, n)
+                        _copy(panel, AH + g * V, flat_ah, b * G * H + g * H + j, n)
+                        _copy(panel, BIAS + g * V, bias_hh, g * H + j, n)
                     for p in range(P):
                         _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
                     for s in range(S):
-                        _copy(panel, OLD + s * V, state[s, t, b], j, n)
+                        _copy(panel, OLD + s * V, flat_state, s * (T + 1) * B * H + old + j, n)
+                    for v in range(G * V):
+                        panel[AH + v] += panel[BIAS + v]
                     for v in range(V):
-                        new, kept = step(
+                        new, partials = step(
                             take_gates(panel, AX + v, V),
                             take_gates(panel, AH + v, V),
                             take_peepholes(panel, PEEPHOLE + v, V),
                             take_states(panel, OLD + v, V),
                         )
                         put_states(panel, NEW + v, V, new)
-                        put_saved(panel, SAVED + v, V, kept)
+                        put_saved(panel, SAVED + v, V, partials)
                     for s in range(S):
-                        _copy(state[s, t + 1, b], j, panel, NEW + s * V, n)
+                        _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, NEW + s * V, n)
                     for k in range(K):
-                        _copy(saved[slot, b], k * H + j, panel, SAVED + k * V, n)
+                        _copy(flat_saved, kept + k * H + j, panel, SAVED + k * V, n)
 
     return forward
 
@@ -138,13 +143,15 @@ def _reset_forward(cell: Cell):
         head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
         np.dot(h, weight_hh[:first].T, head)
         for b in range(B):
-            _copy(ah[b], 0, head[b], 0, first)
+            for j in range(first):
+                ah[b, j] = head[b, j]
             for j in range(H):
                 reset_h[b, j], kept = reset(ax[b, j], ah[b, j] + bias_hh[j], h[b, j])
                 saved[b, K * H + j], saved[b, (K + 1) * H + j] = kept
         np.dot(reset_h, weight_hh[first:].T, tail)
         for b in range(B):
-            _copy(ah[b], first, tail[b], 0, H)
+            for j in range(H):
+                ah[b, first + j] = tail[b, j]
 
     return product_after_reset
 
@@ -156,14 +163,11 @@ def _reset_forward(cell: Cell):
 def _backward_kernel(cell: Cell, dtype):
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     V = VECTOR_BYTES // dtype.itemsize
-    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, OLD = (
-        V * row for row in np.cumsum([0, K, P, S, G, G, P]).tolist()
-    )
-    SIZE = OLD + V * S
+    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, OLD, SIZE = _rows(V, K, P, S, G, G, P, S)
     RESET, JOINT = cell.reset is not None, cell.joint
     step_backward, product_before_reset = cell.step_backward, _reset_backward(cell) if RESET else None
     take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
-    put_gates, put_peepholes, put_states = _put(G), _put(P), _put(S)
+    put_gates, add_peepholes, put_states = _put(G), _put(P, add=True), _put(S)
 
     @kernel(f"{cell.name}-{dtype}")
     def backward(
@@ -176,11 +180,12 @@ def _backward_kernel(cell: Cell, dtype):
         T, B, H = dax.shape[0], dax.shape[1], weight_hh.shape[1]
         dh, panel = np.empty((B, H), dax.dtype), np.zeros(SIZE, dax.dtype)
         work, d_reset = np.empty(B * (G - 1) * H if RESET else 0, dax.dtype), np.empty((B, H), dax.dtype)
+        flat_state, flat_saved, flat_dax, flat_dah = d_state.reshape(-1), saved.reshape(-1), dax.reshape(-1), dah.reshape(-1)
+        flat_dp = d_peephole.reshape(-1)
         for t in range(T - 1, -1, -1):
             for b in range(B):
                 if t >= lengths[b]:
-                    for s in range(S):
-                        _copy(d_state[s, t, b], 0, d_state[s, t + 1, b], 0, H)
+                    d_state[:, t, b] = d_state[:, t + 1, b]
                     dax[t, b] = 0
                     dah[t, b] = 0
                     if exponent.shape[0] > 0:
@@ -192,15 +197,18 @@ def _backward_kernel(cell: Cell, dtype):
                     )
                     exponent[t + 1, b] = exponent[t, b]
                 else:
-                    _add(d_state[0, t + 1, b], 0, d_output[t, b], 0, H)
+                    for j in range(H):
+                        d_state[0, t + 1, b, j] += d_output[t, b, j]
+                row, old, kept = (t * B + b) * G * H, (t * B + b) * H, (t * B + b) * saved.shape[2]
                 for j in range(0, H, V):
                     n = min(V, H - j)
                     for k in range(K):
-                        _copy(panel, SAVED + k * V, saved[t, b], k * H + j, n)
+                        _copy(panel, SAVED + k * V, flat_saved, kept + k * H + j, n)
                     for p in range(P):
                         _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
+                        _copy(panel, DP + p * V, flat_dp, (b * P + p) * H + j, n)
                     for s in range(S):
-                        _copy(panel, NEW + s * V, d_state[s, t + 1, b], j, n)
+                        _copy(panel, NEW + s * V, flat_state, s * (T + 1) * B * H + old + B * H + j, n)
                     for v in range(V):
                         da_x, da_h, dp, d_old = step_backward(
                             take_saved(panel, SAVED + v, V),
@@ -209,22 +217,23 @@ def _backward_kernel(cell: Cell, dtype):
                         )
                         put_gates(panel, DAX + v, V, da_x)
                         put_gates(panel, DAH + v, V, da_h)
-                        put_peepholes(panel, DP + v, V, dp)
+                        add_peepholes(panel, DP + v, V, dp)
                         put_states(panel, OLD + v, V, d_old)
                     for g in range(G):
-                        _copy(dax[t, b], g * H + j, panel, DAX + g * V, n)
+                        _copy(flat_dax, row + g * H + j, panel, DAX + g * V, n)
                         if not JOINT:
-                            _copy(dah[t, b], g * H + j, panel, DAH + g * V, n)
+                            _copy(flat_dah, row + g * H + j, panel, DAH + g * V, n)
                     for p in range(P):
-                        _add(d_peephole[b], p * H + j, panel, DP + p * V, n)
+                        _copy(flat_dp, (b * P + p) * H + j, panel, DP + p * V, n)
                     for s in range(S):
-                        _copy(d_state[s, t, b], j, panel, OLD + s * V, n)
+                        _copy(flat_state, s * (T + 1) * B * H + old + j, panel, OLD + s * V, n)
             if RESET:
                 product_before_reset(weight_hh, saved[t], dah[t], dh, d_reset, work)
             else:
                 np.dot(dah[t], weight_hh, dh)
             for b in range(B):
-                _add(d_state[0, t, b], 0, dh[b], 0, H)
+                for j in range(H):
+                    d_state[0, t, b, j] += dh[b, j]
 
     return backward
 
@@ -242,16 +251,19 @@ def _reset_backward(cell: Cell):
         first = (G - 1) * H
         head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
         for b in range(B):
-            _copy(tail[b], 0, da[b], first, H)
+            for j in range(H):
+                tail[b, j] = da[b, first + j]
         np.dot(tail, weight_hh[first:], d_reset)
         for b in range(B):
             for j in range(H):
                 kept = (saved[b, K * H + j], saved[b, (K + 1) * H + j])
                 da[b, j], d_reset[b, j] = reset_backward(kept, d_reset[b, j])
-            _copy(head[b], 0, da[b], 0, first)
+            for j in range(first):
+                head[b, j] = da[b, j]
         np.dot(head, weight_hh[:first], dh)
         for b in range(B):
-            _add(dh[b], 0, d_reset[b], 0, H)
+            for j in range(H):
+                dh[b, j] += d_reset[b, j]
 
     return product_before_reset
 
