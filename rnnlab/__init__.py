@@ -1,1 +1,6 @@
-"""Numba-accelerated recurrent networks whose gradients can be measured exactly."""
+"""rnnlab: what happens to a gradient inside a recurrent network, exactly and fast."""
+
+from .cells import CELLS
+from .rnn import GRU, LSTM, RNN, Gradients, Recurrent, Trace
+
+__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Gradients", "Recurrent", "Trace"]

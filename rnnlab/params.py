@@ -1,0 +1,169 @@
+"""Named weights: shapes, counts, and initialisers with their sources."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cells import Cell
+from .checks import check_array, check_choice
+
+__all__ = ["INITIALISERS", "Params", "initialise", "layer_shapes"]
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+
+class Params(Mapping[str, Array]):
+    """An ordered mapping from names to arrays that all live in one flat buffer, `flat`.
+
+    Assigning copies into the buffer: `params["bias_hh_l0"] = values` raises TypeError for another dtype and ValueError
+    for another shape or a number that is not finite. The arrays may also be written in place.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], dtype: np.dtype[Any]) -> None:
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        self.flat: Array = np.zeros(sum(sizes), dtype)
+        blocks = np.split(self.flat, np.cumsum(sizes)[:-1])
+        self._arrays = {name: block.reshape(shapes[name]) for name, block in zip(shapes, blocks, strict=True)}
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value: Array) -> None:
+        if name not in self._arrays:
+            raise KeyError(f"{name!r} is no parameter of this network; it has {', '.join(self)}")
+        target = self._arrays[name]
+        target[...] = check_array(f"params[{name!r}]", value, target.shape, self.flat.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"Params({', '.join(f'{name}: {array.shape}' for name, array in self.items())})"
+
+    def like(self) -> "Params":
+        """Return parameters of the same names and shapes, all zero."""
+        return Params({name: array.shape for name, array in self.items()}, self.flat.dtype)
+
+
+def layer_shapes(cell: Cell, input_size: int, hidden_size: int, bias: bool = True) -> dict[str, Shape]:
+    """Return the shapes of one layer in one direction, in PyTorch's names and order, peepholes last.
+
+    Two biases, as PyTorch and cuDNN count: G·H·(I + H + 2) + P·H numbers in all.
+    """
+    rows = len(cell.gates) * hidden_size
+    shapes: dict[str, Shape] = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size)}
+    if bias:
+        shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+    if cell.peepholes:
+        shapes["peephole"] = (len(cell.peepholes) * hidden_size,)
+    return shapes
+
+
+# Initialisers: (rng, rows, columns, hidden_size) -> one gate's block, at gain 1 --------------------------------------
+
+Initialiser = Callable[[np.random.Generator, int, int, int], Array]
+
+
+def uniform(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """U(−1/√H, 1/√H), the default of torch.nn.RNN, LSTM and GRU."""
+    return rng.uniform(-1, 1, (rows, columns)) / np.sqrt(hidden_size)
+
+
+def glorot(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """U(−a, a), a = √(6 / (rows + columns)): Glorot & Bengio (2010), eq. 16."""
+    return rng.uniform(-1, 1, (rows, columns)) * np.sqrt(6 / (rows + columns))
+
+
+def orthogonal(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """A Haar-distributed matrix with orthonormal rows or columns: Saxe, McClelland & Ganguli (2014)."""
+    q, r = np.linalg.qr(rng.normal(size=(max(rows, columns), min(rows, columns))))
+    q *= np.sign(np.diag(r))  # without it QR's sign convention would bias the distribution
+    return q if rows >= columns else q.T
+
+
+def identity(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """The identity: the IRNN of Le, Jaitly & Hinton (2015)."""
+    return np.eye(rows, columns)
+
+
+def gaussian(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """N(0, 1/columns): with gain g the random network of Sompolinsky, Crisanti & Sommers (1988)."""
+    return rng.normal(size=(rows, columns)) / np.sqrt(columns)
+
+
+def sparse(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """15 non-zeros a unit from N(0, 0.01²), a square matrix rescaled to spectral radius 0.95.
+
+    The "smart tanh" of Pascanu, Mikolov & Bengio (2013), sec. 4.1.
+    """
+    weight = rng.normal(size=(rows, columns)) * 0.01
+    keep = min(15, columns)
+    for row in weight:
+        row[rng.permutation(columns)[keep:]] = 0
+    if rows == columns:
+        weight *= 0.95 / np.abs(np.linalg.eigvals(weight)).max()
+    return weight
+
+
+def zeros(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
+    """All zero."""
+    return np.zeros((rows, columns))
+
+
+#: Initialisers by name; each makes the block of one gate.
+INITIALISERS: dict[str, Initialiser] = {
+    function.__name__: function for function in (uniform, glorot, orthogonal, identity, gaussian, sparse, zeros)
+}
+
+
+def initialise(
+    layers: list[dict[str, Array]],
+    cell: Cell,
+    *,
+    recurrent: str,
+    input: str,
+    bias: str,
+    gain: float,
+    forget_bias: float | None,
+    chrono: int | None,
+    rng: np.random.Generator,
+) -> None:
+    """Fill the weights of every layer-direction; the arguments are those of `Recurrent.initialise`."""
+    check_choice("recurrent", recurrent, INITIALISERS)
+    check_choice("input", input, INITIALISERS)
+    check_choice("bias", bias, ("uniform", "zeros"))
+    if not np.isfinite(gain) or gain <= 0:
+        raise ValueError(f"gain must be finite and above 0, got {gain!r}")
+    keeps = next((gate for gate in cell.gates if gate in "fz"), None)
+    for name, value in (("forget_bias", forget_bias), ("chrono", chrono)):
+        if value is not None and (keeps is None or "bias_ih" not in layers[0]):
+            raise ValueError(f"{name} needs a cell with a forget or update gate and biases, got {cell.name!r}")
+    if forget_bias is not None and chrono is not None:
+        raise ValueError("forget_bias and chrono set the same bias: give one of them")
+    if chrono is not None and chrono < 3:
+        raise ValueError(f"chrono must be a longest dependency of at least 3 steps, got {chrono!r}")
+    for layer in layers:
+        hidden_size = layer["weight_hh"].shape[1]
+        for name, array in layer.items():
+            blocks = array.reshape(-1, hidden_size, *array.shape[1:])
+            for block in blocks:
+                if name == "weight_hh":
+                    block[...] = gain * INITIALISERS[recurrent](rng, *block.shape, hidden_size)
+                elif name == "weight_ih":
+                    block[...] = INITIALISERS[input](rng, *block.shape, hidden_size)
+                else:
+                    block[...] = INITIALISERS[bias](rng, 1, hidden_size, hidden_size)[0]
+        if keeps is None or (forget_bias is None and chrono is None):
+            continue
+        gate = {name: slice(k * hidden_size, (k + 1) * hidden_size) for k, name in enumerate(cell.gates)}
+        # Tallec & Ollivier (2018), sec. 2: b_f = log U(1, T_max − 1) and b_i = −b_f spread the time scales up to T_max.
+        kept = forget_bias if chrono is None else np.log(rng.uniform(1, chrono - 1, hidden_size))
+        layer["bias_ih"][gate[keeps]], layer["bias_hh"][gate[keeps]] = kept, 0
+        if chrono is not None and "i" in gate:
+            layer["bias_ih"][gate["i"]], layer["bias_hh"][gate["i"]] = -kept, 0

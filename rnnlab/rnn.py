@@ -1,0 +1,331 @@
+"""Recurrent networks: any cell of `CELLS`, stacked, in one or both directions, over sequences of unequal length."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import params as parameters
+from .cells import CELLS
+from .checks import check_array, check_choice, check_lengths, check_positive
+from .kernels import LayerGradients, LayerTrace, LayerWeights, backend
+from .params import Params
+
+__all__ = ["GRU", "LSTM", "RNN", "Gradients", "Recurrent", "Trace"]
+
+Array = NDArray[Any]
+State = Array | tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What `Recurrent.forward` computed; layer-direction k is layer·D + direction, D being 1 or 2 directions.
+
+    output (T, B, D·H), zero past the end of a sequence; h[k], and c[k] for cells with a cell state, (T+1, B, H): slot 0
+    the initial state, slot s the state after s processed steps (a reverse direction begins with the last element of
+    each sequence), held past its end; final: the last state, (L·D, B, H), or the pair (h, c) of them.
+    """
+
+    output: Array
+    h: list[Array]
+    c: list[Array]
+    final: State
+    layers: list[LayerTrace]
+    lengths: NDArray[np.int64]
+    masks: list[Array | None]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `Recurrent.backward` computed.
+
+    params: dL/d each parameter, by name; x (T, B, I); h[k] and c[k] (T+1, B, H): the total derivatives dL/dh_t and
+    dL/dc_t, in the slots of `Trace.h`; state: of the initial state, in the form of `Trace.final`.
+    """
+
+    params: Params
+    x: Array
+    h: list[Array]
+    c: list[Array]
+    state: State
+
+
+class Recurrent:
+    """A recurrent network of any cell of `CELLS`.
+
+    Arguments mean what they mean in PyTorch: `dropout` is the probability with which outputs of all layers but the last
+    are dropped in training. `params` maps PyTorch's names (`weight_ih_l0`, `bias_hh_l1_reverse`, …; `peephole_l0` for
+    the peephole LSTM) to arrays. Weights start from PyTorch's uniform distribution, drawn from `seed`.
+
+    Raises ValueError for an unknown cell or dtype, a size below 1 or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
+    ) -> None:
+        self.cell = CELLS[check_choice("cell", cell, CELLS)]
+        self.input_size = check_positive("input_size", input_size)
+        self.hidden_size = check_positive("hidden_size", hidden_size)
+        self.num_layers = check_positive("num_layers", num_layers)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
+        self.bias, self.bidirectional, self.dropout = bool(bias), bool(bidirectional), float(dropout)
+        self.dtype = np.dtype(check_choice("dtype", np.dtype(dtype).name, ("float32", "float64")))
+        self.directions = 2 if bidirectional else 1
+        self._names: list[dict[str, str]] = []
+        shapes: dict[str, tuple[int, ...]] = {}
+        for k in range(self.num_layers * self.directions):
+            layer, direction = divmod(k, self.directions)
+            features = self.input_size if layer == 0 else self.directions * self.hidden_size
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
+            one = parameters.layer_shapes(self.cell, features, self.hidden_size, self.bias)
+            self._names.append({name: name + suffix for name in one})
+            shapes |= {name + suffix: shape for name, shape in one.items()}
+        self.params = Params(shapes, self.dtype)
+        self._dropout_rng = np.random.default_rng(seed).spawn(1)[0]
+        self.initialise(seed=seed)
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {name}=True" for name in ("bidirectional",) if getattr(self, name))
+        return (
+            f"Recurrent({self.cell.name!r}, {self.input_size}, {self.hidden_size}, "
+            f"num_layers={self.num_layers}{extra}, dtype={self.dtype.name!r})"
+        )
+
+    def initialise(
+        self,
+        recurrent: str = "uniform",
+        input: str = "uniform",
+        bias: str | None = None,
+        *,
+        gain: float = 1.0,
+        forget_bias: float | None = None,
+        chrono: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Draw all weights anew, gate by gate.
+
+        `recurrent` and `input` name initialisers of `params.INITIALISERS` (uniform, glorot, orthogonal, identity,
+        gaussian, sparse, zeros) for W_hh, which is then multiplied by `gain`, and W_ih. `bias` is "uniform" (the default
+        where `recurrent` is) or "zeros". `forget_bias` sets the summed bias of the gate that keeps the state (f, or z of
+        a GRU); `chrono` draws that bias for dependencies up to that many steps (Tallec & Ollivier 2018).
+        """
+        if bias is None:
+            bias = "uniform" if recurrent == "uniform" else "zeros"
+        layers = [{name: self.params[full] for name, full in names.items()} for names in self._names]
+        parameters.initialise(
+            layers,
+            self.cell,
+            recurrent=recurrent,
+            input=input,
+            bias=bias,
+            gain=gain,
+            forget_bias=forget_bias,
+            chrono=chrono,
+            rng=np.random.default_rng(seed),
+        )
+
+    def forward(
+        self,
+        x: Array,
+        state: State | None = None,
+        lengths: Any = None,
+        *,
+        training: bool = False,
+        keep: bool = True,
+    ) -> Trace:
+        """Run the network over x (T, B, I) from `state` (zeros where None; the form of `Trace.final`).
+
+        `lengths` (B,) are the sequences' lengths, in any order, as in PyTorch's packed sequences. `training` applies
+        dropout. keep=False keeps only what the trace shows, for inference; such a trace has no backward.
+
+        Raises TypeError for another dtype; ValueError for another shape, an empty sequence or numbers not finite.
+        """
+        if lengths is not None and isinstance(x, np.ndarray) and x.ndim == 3:
+            x = _zero_past_end(x, check_lengths("lengths", lengths, x.shape[1], x.shape[0]))
+        x = check_array("x", x, ("T", "B", self.input_size), self.dtype)
+        T, B, _ = x.shape
+        steps = check_lengths("lengths", lengths, B, T)
+        initial = self._stack_state("state", state, B)
+        layers: list[LayerTrace] = []
+        masks: list[Array | None] = []
+        output = x
+        for layer in range(self.num_layers):
+            mask = None
+            if layer and training and self.dropout:
+                keep_probability = 1 - self.dropout
+                mask = (self._dropout_rng.random(output.shape) < keep_probability).astype(self.dtype)
+                mask /= self.dtype.type(keep_probability)
+                output = output * mask
+            masks.append(mask)
+            outputs = []
+            for direction in range(self.directions):
+                k = layer * self.directions + direction
+                source = _reverse(output, steps) if direction else output
+                weights = self._weights(k)
+                trace = backend("cpu").forward(self.cell, source, weights, initial[:, k], steps, keep)
+                layers.append(trace)
+                h = trace.state[0, 1:] if lengths is None else _zero_past_end(trace.state[0, 1:], steps)
+                outputs.append(_reverse(h, steps) if direction else h)
+            output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
+        states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
+        final = self._unstack_state(np.stack([[slots[T] for slots in kind] for kind in states]))
+        return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks)
+
+    def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
+        """Backpropagate through time from dL/doutput (T, B, D·H) and dL/dfinal (zeros where None).
+
+        `d_output` past the end of a sequence is ignored. Raises as `forward`; ValueError for a trace made with
+        keep=False.
+        """
+        layers, dx, _ = self.backpropagate(trace, d_output, d_final)
+        gradients = self.params.like()
+        for names, layer in zip(self._names, layers, strict=True):
+            assert layer.weights is not None
+            for name, full in names.items():
+                gradients[full][...] = getattr(layer.weights, name)
+        states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
+        initial = self._unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
+        return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
+
+    def backpropagate(
+        self, trace: Trace, d_output: Array, d_final: State | None = None, *, scaled: bool = False
+    ) -> tuple[list[LayerGradients], Array, NDArray[np.int64] | None]:
+        """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
+
+        With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`).
+        """
+        T, B, _ = trace.output.shape
+        d_output = check_array("d_output", d_output, (T, B, self.directions * self.hidden_size), self.dtype)
+        if trace.layers[0].saved.shape[0] != T:
+            raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
+        d_last = self._stack_state("d_final", d_final, B)
+        exponent = np.zeros((T, B), np.int64) if scaled else None
+        H = self.hidden_size
+        gradients: list[LayerGradients] = []
+        for layer in reversed(range(self.num_layers)):
+            pair = []
+            for direction in range(self.directions):
+                k = layer * self.directions + direction
+                upstream = np.ascontiguousarray(d_output[:, :, direction * H : (direction + 1) * H])
+                upstream_exponent = exponent
+                if direction:
+                    upstream = _reverse(upstream, trace.lengths)
+                    upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
+                pair.append(
+                    backend("cpu").backward(
+                        self.cell, trace.layers[k], self._weights(k), upstream, d_last[:, k], upstream_exponent
+                    )
+                )
+            gradients[:0] = pair
+            d_output, exponent = _sum_directions(pair, trace.lengths)
+            mask = trace.masks[layer]
+            if mask is not None:
+                d_output = d_output * mask
+        return gradients, d_output, exponent
+
+    def jacobian(self, trace: Trace, t: int, k: int = 0) -> Array:
+        """Return ∂state_{t+1}/∂state_t of layer-direction k for every sequence: (B, S·H, S·H), states stacked [h; c].
+
+        Slots count as in `Trace.h`. Raises ValueError for a step or layer-direction that the trace does not have.
+        """
+        T = trace.output.shape[0]
+        if not 0 <= t < T or not 0 <= k < len(trace.layers):
+            raise ValueError(f"t must lie in 0…{T - 1} and k in 0…{len(trace.layers) - 1}, got t={t}, k={k}")
+        jacobian: Array = backend("cpu").jacobian(self.cell, trace.layers[k], self._weights(k), t)
+        return jacobian
+
+    def _weights(self, k: int) -> LayerWeights:
+        empty = np.zeros(0, self.dtype)
+        zero_bias = empty if self.bias else np.zeros(len(self.cell.gates) * self.hidden_size, self.dtype)
+        absent = {"bias_ih": zero_bias, "bias_hh": zero_bias, "peephole": empty}
+        return LayerWeights(**(absent | {name: self.params[full] for name, full in self._names[k].items()}))
+
+    def _stack_state(self, name: str, state: State | None, batch: int) -> Array:
+        """Return a state or its gradient as (S, L·D, B, H)."""
+        S, shape = len(self.cell.states), (self.num_layers * self.directions, batch, self.hidden_size)
+        if state is None:
+            return np.zeros((S, *shape), self.dtype)
+        if S == 1:
+            return check_array(name, state, shape, self.dtype)[None]
+        if not isinstance(state, tuple) or len(state) != S:
+            raise TypeError(f"{name} of {self.cell.name} must be a tuple (h, c), got {type(state).__name__}")
+        pairs = zip(self.cell.states, state, strict=True)
+        return np.stack([check_array(f"{name} {part}", value, shape, self.dtype) for part, value in pairs])
+
+    def _unstack_state(self, stacked: Array) -> State:
+        return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
+
+
+def _reverse(values: Array, lengths: NDArray[np.int64]) -> Array:
+    """Reverse every sequence of (T, B, …) within its own length; what lies past the end stays there."""
+    t = np.arange(values.shape[0])[:, None]
+    index = np.where(t < lengths, lengths - 1 - t, t)
+    return values[index, np.arange(values.shape[1])]
+
+
+def _zero_past_end(values: Array, lengths: NDArray[np.int64]) -> Array:
+    past = np.arange(values.shape[0])[:, None] >= lengths
+    return np.where(past[:, :, None], values.dtype.type(0), values)
+
+
+def _sum_directions(
+    pair: list[LayerGradients], lengths: NDArray[np.int64]
+) -> tuple[Array, NDArray[np.int64] | None]:
+    """Add up dL/dx of the directions, with their common exponent if they are scaled."""
+    dx = [pair[0].x, *(_reverse(layer.x, lengths) for layer in pair[1:])]
+    if pair[0].exponent is None:
+        return (dx[0] if len(dx) == 1 else dx[0] + dx[1]), None
+    exponents = [layer.exponent[1:] for layer in pair if layer.exponent is not None]
+    exponents[1:] = [_reverse(exponent, lengths) for exponent in exponents[1:]]
+    if len(dx) == 1:
+        return dx[0], exponents[0]
+    top = np.maximum(*exponents)
+    aligned = [np.ldexp(d, (e - top)[:, :, None]) for d, e in zip(dx, exponents, strict=True)]
+    return aligned[0] + aligned[1], top
+
+
+class RNN(Recurrent):
+    """The vanilla RNN, h_t = f(W_ih x_t + b_ih + W_hh h_{t−1} + b_hh) (Elman 1990); f is tanh, relu or sigmoid."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh",
+        **options: Any,
+    ) -> None:
+        check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        super().__init__(f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, **options)
+
+
+class LSTM(Recurrent):
+    """The LSTM with forget gates (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000), gates i, f, g, o."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
+        super().__init__("lstm", input_size, hidden_size, num_layers, **options)
+
+
+class GRU(Recurrent):
+    """The GRU (Cho et al. 2014), gates r, z, n, h' = (1 − z)∘n + z∘h.
+
+    reset_after=True resets after the product W_hn h, as PyTorch, cuDNN and Keras do; False before it, as the paper does.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, *, reset_after: bool = True, **options: Any
+    ) -> None:
+        super().__init__("gru" if reset_after else "gru_reset_before", input_size, hidden_size, num_layers, **options)
