@@ -1,6 +1,21 @@
 """rnnlab: what happens to a gradient inside a recurrent network, exactly and fast."""
 
 from .cells import CELLS
+from .gradients import Decay, GradientFlow, gradient_flow
+from .model import LossGradients, SequenceModel
 from .rnn import GRU, LSTM, RNN, Gradients, Recurrent, Trace
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Gradients", "Recurrent", "Trace"]
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Decay",
+    "GradientFlow",
+    "Gradients",
+    "LossGradients",
+    "Recurrent",
+    "SequenceModel",
+    "Trace",
+    "gradient_flow",
+]

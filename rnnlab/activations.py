@@ -51,8 +51,16 @@ def _split_exp(real, integer, mantissa_bits, bias, low, high, ln2_high, ln2_low,
 
 # exp(r) − 1 = r + r²·q(r) with q interpolated at Chebyshev nodes of |r| ≤ ln2 / 2; relative error under 6e-10 and 6e-19.
 def _expm1_polynomial32():
-    c0, c1, c2 = np.float32(0.50000000134981778643), np.float32(0.16666666681659179129), np.float32(0.041666464602026541557)
-    c3, c4, c5 = np.float32(0.0083333108895820771937), np.float32(0.0013933685862617173589), np.float32(0.00019891030654370327738)
+    c0, c1, c2 = (
+        np.float32(0.50000000134981778643),
+        np.float32(0.16666666681659179129),
+        np.float32(0.041666464602026541557),
+    )
+    c3, c4, c5 = (
+        np.float32(0.0083333108895820771937),
+        np.float32(0.0013933685862617173589),
+        np.float32(0.00019891030654370327738),
+    )
 
     @scalar
     def expm1(r):

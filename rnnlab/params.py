@@ -46,6 +46,20 @@ class Params(Mapping[str, Array]):
     def __repr__(self) -> str:
         return f"Params({', '.join(f'{name}: {array.shape}' for name, array in self.items())})"
 
+    @classmethod
+    def join(cls, parts: Mapping[str, "Params"]) -> "Params":
+        """Return one `Params` with names `part.name`; the parts move into its buffer and stay in step with it."""
+        shapes = {f"{part}.{name}": array.shape for part, params in parts.items() for name, array in params.items()}
+        joined = cls(shapes, next(iter(parts.values())).flat.dtype)
+        start = 0
+        for part, params in parts.items():
+            block = joined.flat[start : start + params.flat.size]
+            block[...] = params.flat
+            params.flat = block
+            params._arrays = {name: joined[f"{part}.{name}"] for name in params}
+            start += block.size
+        return joined
+
     def like(self) -> "Params":
         """Return parameters of the same names and shapes, all zero."""
         return Params({name: array.shape for name, array in self.items()}, self.flat.dtype)

@@ -280,18 +280,17 @@ def _zero_past_end(values: Array, lengths: NDArray[np.int64]) -> Array:
     return np.where(past[:, :, None], values.dtype.type(0), values)
 
 
-def _sum_directions(
-    pair: list[LayerGradients], lengths: NDArray[np.int64]
-) -> tuple[Array, NDArray[np.int64] | None]:
+def _sum_directions(pair: list[LayerGradients], lengths: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64] | None]:
     """Add up dL/dx of the directions, with their common exponent if they are scaled."""
     dx = [pair[0].x, *(_reverse(layer.x, lengths) for layer in pair[1:])]
     if pair[0].exponent is None:
         return (dx[0] if len(dx) == 1 else dx[0] + dx[1]), None
     exponents = [layer.exponent[1:] for layer in pair if layer.exponent is not None]
-    exponents[1:] = [_reverse(exponent, lengths) for exponent in exponents[1:]]
     if len(dx) == 1:
         return dx[0], exponents[0]
-    top = np.maximum(*exponents)
+    exponents[1] = _reverse(exponents[1], lengths)
+    # A gradient of zero has no say in the common exponent.
+    top = np.maximum(*(np.where(d.any(axis=2), e, -(2**30)) for d, e in zip(dx, exponents, strict=True)))
     aligned = [np.ldexp(d, (e - top)[:, :, None]) for d, e in zip(dx, exponents, strict=True)]
     return aligned[0] + aligned[1], top
 

@@ -65,11 +65,14 @@ class LayerGradients(NamedTuple):
     """Gradients of one layer in one direction.
 
     weights: dL/d each weight; None for a scaled adjoint, whose steps have different units. x (T, B, I); state
-    (S, T+1, B, H), the total derivative at every slot. With a scaled adjoint the true values are state·2^exponent,
-    exponent (T+1, B), and x[t]·2^exponent[t+1].
+    (S, T+1, B, H), the total derivative at every slot; direct (T, B, H), the part of the total dL/dh_{t+1} that does
+    not pass through the layer's next state. With a scaled adjoint the true values are state·2^exponent, exponent
+    (T+1, B), x[t]·2^exponent[t+1] and direct·2^direct_exponent.
     """
 
     weights: LayerWeights | None
     x: Array
     state: Array
+    direct: Array
     exponent: NDArray[np.int64] | None
+    direct_exponent: NDArray[np.int64] | None

@@ -180,7 +180,12 @@ def _backward_kernel(cell: Cell, dtype):
         T, B, H = dax.shape[0], dax.shape[1], weight_hh.shape[1]
         dh, panel = np.empty((B, H), dax.dtype), np.zeros(SIZE, dax.dtype)
         work, d_reset = np.empty(B * (G - 1) * H if RESET else 0, dax.dtype), np.empty((B, H), dax.dtype)
-        flat_state, flat_saved, flat_dax, flat_dah = d_state.reshape(-1), saved.reshape(-1), dax.reshape(-1), dah.reshape(-1)
+        flat_state, flat_saved, flat_dax, flat_dah = (
+            d_state.reshape(-1),
+            saved.reshape(-1),
+            dax.reshape(-1),
+            dah.reshape(-1),
+        )
         flat_dp = d_peephole.reshape(-1)
         for t in range(T - 1, -1, -1):
             for b in range(B):
@@ -281,11 +286,12 @@ def _largest(values):
 
 
 @njit
-def _power_of_two(one, n):
-    """Return 2ⁿ in the type of `one`, as two factors of which neither over- nor underflows before the product does."""
-    n = max(min(n, 1200), -1200)
+def _power_of_two(n, dtype):
+    """Return 2ⁿ as two factors that are both normal numbers; n is cut off where the product with any number is."""
+    limit = 2 * np.finfo(dtype).maxexp - 4
+    n = max(min(n, limit), -limit)
     half = n // 2
-    return math.ldexp(one, half), math.ldexp(one, n - half)
+    return math.ldexp(dtype.type(1), half), math.ldexp(dtype.type(1), n - half)
 
 
 @njit
@@ -295,7 +301,6 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
     Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
     """
     S, H = d_state.shape
-    one = d_state.dtype.type(1)
     top, found = direct_exponent, False
     for s in range(S):
         e, nonzero = _largest(d_state[s])
@@ -306,11 +311,11 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
         top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
     if not found:
         return exponent
-    low, high = _power_of_two(one, exponent - top)
+    low, high = _power_of_two(exponent - top, d_state.dtype)
     for s in range(S):
         for j in range(H):
             d_state[s, j] = d_state[s, j] * low * high
-    low, high = _power_of_two(one, direct_exponent - top)
+    low, high = _power_of_two(direct_exponent - top, d_state.dtype)
     for j in range(H):
         d_state[0, j] += direct[j] * low * high
     return top
@@ -407,16 +412,20 @@ def backward(
     )
     dx = np.matmul(dax, weights.weight_ih)
     if scaled:
-        return LayerGradients(None, dx, d_state, exponent)
+        return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
     dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
     d_weight_hh = np.matmul(dah.T, trace.state[0, :T].reshape(T * B, H))
     if cell.reset:
         last = slice((G - 1) * H, None)
         np.matmul(dah[:, last].T, trace.reset_h.reshape(T * B, H), out=d_weight_hh[last])
     d_weights = LayerWeights(
-        np.matmul(dax.T, trace.x.reshape(T * B, -1)), d_weight_hh, dax.sum(axis=0), dah.sum(axis=0), d_peephole.sum(axis=0)
+        np.matmul(dax.T, trace.x.reshape(T * B, -1)),
+        d_weight_hh,
+        dax.sum(axis=0),
+        dah.sum(axis=0),
+        d_peephole.sum(axis=0),
     )
-    return LayerGradients(d_weights, dx, d_state, None)
+    return LayerGradients(d_weights, dx, d_state, d_output, None, None)
 
 
 def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> NDArray:

@@ -1,0 +1,455 @@
+"""A study: a grid of points, each measured once, kept as tidy rows with their provenance and one figure.
+
+    study = Study("gradient_decay", question=__doc__, grid=grid, run=run, plot=plot)
+
+`grid(quick)` lists the points, `run(point)` returns the rows of one, `plot(frame)` sees the table of all rows only.
+A finished point is a file named by the hash of everything that determines its numbers, so a killed sweep resumes.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from unittest import mock
+
+import click
+from tqdm import tqdm
+
+from . import kernels
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["DTYPES", "Options", "Study", "flags", "provenance"]
+
+DTYPES = ("float32", "float64")
+FIGURES = ("figure.svg", "figure.png")
+PACKAGES = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
+THREAD_LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+Point = dict[str, Any]
+Rows = list[dict[str, Any]]
+Run = Callable[[Point], Rows]
+#: What became of a point: its rows, or a dict with `error` (type: message) and `traceback`.
+Outcome = Rows | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The values of `flags`."""
+
+    quick: bool
+    out: Path | None
+    seed: int
+    device: str
+    dtype: str
+    jobs: int
+    scheduler: str | None
+    fresh: bool
+    no_progress: bool
+    json: bool
+
+
+def flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorate the callback of a click command that takes the fields of `Options` as keyword arguments."""
+    options = (
+        click.option("--quick", is_flag=True, help="A small grid, in seconds."),
+        click.option("--out", type=click.Path(path_type=Path), help="Folder of the outputs.  [default: results/STUDY]"),
+        click.option("--seed", default=0, show_default=True, help="Seed of every random draw."),
+        click.option("--device", type=click.Choice(kernels.DEVICES), default="cpu", show_default=True),
+        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Points at a time."),
+        click.option("--scheduler", metavar="tcp://HOST:PORT", help="Run the points on this Dask cluster."),
+        click.option("--fresh", is_flag=True, help="Forget the stored points."),
+        click.option("--no-progress", is_flag=True, help="No progress bar (there is none without a terminal)."),
+        click.option("--json", is_flag=True, help="One JSON object on stdout, not the paths written."),
+    )
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question, the grid of points that answers it, and the figure.
+
+    name: a plain identifier; names the folder of the outputs.
+    question: text whose first line is the question (the docstring of the study's file).
+    grid: `grid(quick)` returns the points, dicts of str, int, float, bool, None and lists of them.
+    run: `run(point)` returns rows, dicts of scalars; `point` also holds `seed`, `device`, `dtype`. A module's function.
+    plot: `plot(frame)` returns a Figure; the frame's leading columns are the point's parameters, lists as JSON text.
+    version: raise it when stored points must be forgotten for a reason that the source does not show.
+
+    Raises ValueError for a name that is no identifier and for an empty question.
+    """
+
+    name: str
+    question: str | None
+    grid: Callable[[bool], list[Point]]
+    run: Run
+    plot: Callable[["pd.DataFrame"], "Figure"]
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"name must be a plain identifier such as 'gradient_decay', got {self.name!r}")
+        if not (self.question or "").strip():
+            raise ValueError(f"question must be a text that asks it (the file's docstring), got {self.question!r}")
+
+    @property
+    def headline(self) -> str:
+        """The first line of the question."""
+        return (self.question or "").strip().splitlines()[0]
+
+    def main(self, argv: Sequence[str] | None = None) -> NoReturn:
+        """Run the command line and exit: 0 ok, 1 a point or the figure failed, 2 usage, 3 no device, 130 interrupted.
+
+        Raises ValueError for a grid that is empty, lists a point twice or holds what JSON cannot.
+        """
+
+        @click.command(help=self.question)
+        @flags
+        def command(**values: Any) -> None:
+            summary = self.launch(Options(**values))
+            if values["json"]:
+                click.echo(json.dumps(summary))
+            sys.exit(1 if summary["failed"] else 0)
+
+        command.main(argv)
+
+    def launch(self, options: Options) -> dict[str, Any]:
+        """Measure, write the outputs and return the manifest; the paths go to stdout, failures to stderr.
+
+        Raises click's usage errors, ValueError as `main` does, and SystemExit with 3 or 130.
+        """
+        out = options.out or Path("results", self.name)
+        if options.scheduler and options.jobs > 1:
+            raise click.UsageError("--jobs and --scheduler exclude each other: a cluster has its own number of workers")
+        try:
+            kernels.backend(options.device)
+            (out / "points").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out / "points").close()
+        except kernels.DeviceNotAvailable as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(3)
+        except OSError as error:
+            raise click.BadParameter(f"cannot write in {out}: {error.strerror}", param_hint="--out") from error
+        try:
+            manifest = self._sweep(options, out)
+        except KeyboardInterrupt:
+            click.echo(f"Interrupted. Finished points are kept in {out / 'points'}: the next run resumes.", err=True)
+            sys.exit(130)
+        for failure in manifest["failed"]:
+            click.echo(f"{self.name}: {json.dumps(failure['point'])}: {failure['error']}", err=True)
+        if not options.json:
+            click.echo("\n".join(manifest["outputs"]))
+        return manifest
+
+    def _sweep(self, options: Options, out: Path) -> dict[str, Any]:
+        start = time.perf_counter()
+        _digest.cache_clear()
+        source = _source_hash(self.run)
+        points = {self._identity(point, source): point for point in self._points(options)}
+        files = {identity: out / "points" / f"{identity}.json" for identity in points}
+        for file in (out / "points").glob("*.json") if options.fresh else ():
+            file.unlink()
+        stored = {identity: rows for identity in points if (rows := _load(files[identity], points[identity]))}
+        todo = {identity: point for identity, point in points.items() if identity not in stored}
+        outcomes: dict[str, Outcome] = {**stored}
+        arriving = _outcomes(self.run, todo, source, options)
+        bar = tqdm(arriving, self.name, len(points), initial=len(stored), disable=options.no_progress or None)
+        # Closed here, not by the garbage collector: an interrupted pool would first work off all its points.
+        with contextlib.closing(arriving), bar:
+            for identity, outcome in bar:
+                outcomes[identity] = outcome
+                if isinstance(outcome, list):
+                    _write(files[identity], json.dumps({"point": points[identity], "rows": outcome}))
+        outcomes = {identity: outcomes[identity] for identity in points}  # the grid's order, not that of arrival
+        table = _table([(points[identity], outcome) for identity, outcome in outcomes.items()])
+        _write(out / "results.csv", _csv(table))
+        failed = [{"point": points[key], **outcome} for key, outcome in outcomes.items() if isinstance(outcome, dict)]
+        no_figure = self._draw([row for row in table if "error" not in row], out)
+        manifest = {
+            "study": self.name,
+            "version": self.version,
+            "question": self.headline,
+            "command": self._reproduce(options),
+            "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "wall_seconds": time.perf_counter() - start,
+            "outputs": [str(out / name) for name in ("results.csv", "manifest.json", *(() if no_figure else FIGURES))],
+            "points": len(points),
+            "computed": [identity for identity in todo if isinstance(outcomes[identity], list)],
+            "reused": list(stored),
+            "failed": failed + no_figure,
+            "flags": asdict(options) | {"out": str(out)},
+            "seed": options.seed,
+            "source_sha256": source,
+            "environment": provenance() | ({"threads": _threads(options.jobs)} if options.jobs > 1 else {}),
+        }
+        _write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        return manifest
+
+    def _points(self, options: Options) -> list[Point]:
+        grid = list(self.grid(options.quick))
+        flagged = {"seed": options.seed, "device": options.device, "dtype": options.dtype}
+        if not grid:
+            raise ValueError("grid must return at least one point, got none")
+        for name, value in (item for point in grid for item in point.items()):
+            if not isinstance(name, str) or name in (*flagged, "error"):
+                raise ValueError(f"grid: a parameter is named by a str, not seed, device, dtype or error; got {name!r}")
+            if not _is_json(value):
+                raise ValueError(f"grid: {name} must be str, int, float, bool, None or a list of them, got {value!r}")
+        texts = [json.dumps(point, sort_keys=True) for point in grid]
+        if twice := {text for text in texts if texts.count(text) > 1}:
+            raise ValueError(f"grid must list each point once, got more than once {', '.join(sorted(twice))}")
+        return [json.loads(json.dumps(point)) | flagged for point in grid]
+
+    def _identity(self, point: Point, source: str) -> str:
+        content = {"study": self.name, "version": self.version, "point": point, "source": source}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _draw(self, rows: Rows, out: Path) -> list[dict[str, Any]]:
+        import matplotlib
+        import pandas as pd
+        from matplotlib import pyplot
+
+        for name in FIGURES:
+            (out / name).unlink(missing_ok=True)  # none is better than that of an earlier run
+        # A backend that somebody chose stays: saving works with any, and switching would close their windows.
+        if matplotlib.get_backend(auto_select=False) is None:
+            matplotlib.use("agg")
+        try:
+            figure = self.plot(pd.DataFrame(rows))
+            with matplotlib.rc_context({"svg.hashsalt": self.name}):
+                for name, metadata in zip(FIGURES, ({"Date": None}, {}), strict=True):
+                    image = io.BytesIO()
+                    figure.savefig(image, format=name[-3:], metadata=metadata, bbox_inches="tight", dpi=150)
+                    _write(out / name, image.getvalue())
+            pyplot.close(figure)
+        except Exception as error:
+            return [{"point": "figure", **_failure(error)}]
+        return []
+
+    def _reproduce(self, options: Options) -> str:
+        module = _module_name(self.run)
+        words = ["python", inspect.getfile(self.run)] if module == "__main__" else ["python", "-m", module]
+        words += ["--quick"] * options.quick + (["--out", str(options.out)] if options.out else [])
+        return shlex.join([*words, "--seed", str(options.seed), "--device", options.device, "--dtype", options.dtype])
+
+
+def provenance() -> dict[str, Any]:
+    """Return what numbers depend on besides their source: packages, commit, CPU, threads, GPU or why it is not used."""
+    import numba
+    from llvmlite import binding
+
+    from .kernels.simd import VECTOR_BYTES
+
+    packages = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[package] = importlib.metadata.version(package)
+    gpu_unused = None
+    try:
+        kernels.backend("cuda")
+    except kernels.DeviceNotAvailable as error:
+        gpu_unused = str(error)
+    git = ("git", "--no-optional-locks", "-C", str(Path(__file__).parent))
+    # An installed rnnlab may lie inside a checkout of something else: only one that tracks this file counts.
+    tracked = _stdout(*git, "ls-files", "--error-unmatch", Path(__file__).name)
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _stdout(*git, "rev-parse", "HEAD") if tracked else None,
+        "git_dirty": bool(_stdout(*git, "status", "--porcelain")) if tracked else None,
+        "cpu": (_stdout("grep", "-m1", "model name", "/proc/cpuinfo") or "").partition(": ")[2] or platform.processor(),
+        "cpu_target": binding.get_host_cpu_name(),
+        "cores": os.cpu_count(),
+        "vector_bytes": VECTOR_BYTES,
+        "threads": numba.get_num_threads(),
+        "gpu": _stdout("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "gpu_unused_because": gpu_unused,
+    }
+
+
+def _stdout(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, list):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+@functools.cache  # a worker keeps its first answer: what it has imported counts, not what the disk holds by now
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _source_hash(run: Run) -> str:
+    return hashlib.sha256((_digest(Path(__file__).parent) + _digest(Path(inspect.getfile(run)))).encode()).hexdigest()
+
+
+def _module_name(run: Run) -> str:
+    # `python -m studies.x` calls that module __main__, a name under which no worker could import it.
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    return specification.name if run.__module__ == "__main__" and specification else run.__module__
+
+
+def _load(path: Path, point: Point) -> Rows | None:
+    try:
+        return _checked(json.loads(path.read_bytes())["rows"], point)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _checked(rows: Rows, point: Point) -> Rows:
+    import numpy as np
+
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"run must return a list of at least one row, got {rows!r}")
+    plain = [
+        {name: cell.item() if isinstance(cell, np.generic) else cell for name, cell in row.items()} for row in rows
+    ]
+    for name, cell in (item for row in plain for item in row.items()):
+        if name == "error" or (name in point and point[name] != cell):
+            raise ValueError(f"run: a column must not be named error or contradict a parameter, got {name}={cell!r}")
+        if not _is_json(cell) or isinstance(cell, list):
+            raise ValueError(f"run: {name} must be a scalar (str, int, float, bool or None), got {cell!r}")
+    result: Rows = json.loads(json.dumps(plain))  # exactly what a resumed run reads
+    return result
+
+
+def _table(outcomes: list[tuple[Point, Outcome]]) -> Rows:
+    parameters = dict.fromkeys(name for point, _ in outcomes for name in point)
+    table: Rows = []
+    for point, outcome in outcomes:
+        leading = {name: json.dumps(value) if isinstance(value, list) else value for name, value in point.items()}
+        rows = outcome if isinstance(outcome, list) else [{"error": outcome["error"]}]
+        table += [dict.fromkeys(parameters) | leading | row for row in rows]
+    return table
+
+
+def _csv(table: Rows) -> str:
+    columns = sorted(dict.fromkeys(name for row in table for name in row), key="error".__eq__)  # the error comes last
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def _measure(run: Run, point: Point, source: str) -> Outcome:
+    try:
+        if _source_hash(run) != source:
+            raise RuntimeError("this worker holds another version of rnnlab or of the study: update and restart it")
+        return _checked(run(json.loads(json.dumps(point))), point)
+    except Exception as error:
+        return _failure(error)
+
+
+def _measure_in_dask(run: Run, point: Point, source: str) -> Outcome:
+    import numba
+
+    if "NUMBA_NUM_THREADS" not in os.environ:  # Dask itself limits the threads of OpenMP and BLAS only
+        numba.set_num_threads(1)
+    return _measure(run, point, source)
+
+
+def _start_worker() -> None:
+    def end_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _threads(jobs: int) -> int:
+    import numba
+
+    return max(1, numba.get_num_threads() // jobs)
+
+
+@contextlib.contextmanager
+def _pool(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
+    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _start_worker)
+    # Workers start while points are submitted, and must find the limits before they import NumPy.
+    with mock.patch.dict(os.environ, dict.fromkeys(THREAD_LIMITS, str(_threads(options.jobs)))):
+        try:
+            yield lambda *task, identity: pool.submit(_measure, *task)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _cluster(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
+    try:
+        import distributed
+
+        client: Any = distributed.Client(options.scheduler, set_as_default=False)
+    except ImportError as error:
+        raise click.UsageError('--scheduler needs the package distributed: pip install "rnnlab[cluster]"') from error
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"no Dask scheduler answers at {options.scheduler}: {error}") from error
+    place = {"resources": {"GPU": 1}} if options.device == "cuda" else {}
+    with client:
+        executor = client.get_executor(retries=1, pure=False, **place)
+        yield lambda *task, identity: executor.submit(_measure_in_dask, *task, key=identity)
+
+
+def _outcomes(
+    run: Run, points: dict[str, Point], source: str, options: Options
+) -> Generator[tuple[str, Outcome], None, None]:
+    """Yield each point's id and outcome as they arrive: from this process, a pool of processes or a Dask cluster."""
+    if options.jobs == 1 and not options.scheduler:
+        for identity, point in points.items():
+            yield identity, _measure(run, point, source)
+        return
+    run = getattr(importlib.import_module(_module_name(run)), run.__name__)
+    with (_cluster if options.scheduler else _pool)(options) as submit:
+        futures = {submit(run, point, source, identity=identity): identity for identity, point in points.items()}
+        for future in as_completed(futures):
+            try:
+                outcome = future.result()
+            except Exception as error:  # the worker died, or could not import the study
+                outcome = _failure(error)
+            yield futures[future], outcome
