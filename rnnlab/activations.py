@@ -49,7 +49,7 @@ def _split_exp(real, integer, mantissa_bits, bias, low, high, ln2_high, ln2_low,
     return split
 
 
-# exp(r) − 1 = r + r²·q(r) with q interpolated at Chebyshev nodes of |r| ≤ ln2 / 2; relative error under 6e-10 and 6e-19.
+# exp(r) − 1 = r + r²·q(r), q interpolated at Chebyshev nodes of |r| ≤ ln2 / 2: relative error under 6e-10 and 6e-19.
 def _expm1_polynomial32():
     c0, c1, c2 = (
         np.float32(0.50000000134981778643),

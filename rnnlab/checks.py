@@ -36,7 +36,9 @@ def check_lengths(name: str, value: Any, batch: int, steps: int) -> NDArray[np.i
         return np.full(batch, steps, np.int64)
     lengths = np.asarray(value)
     if lengths.dtype.kind not in "iu" or lengths.shape != (batch,):
-        raise ValueError(f"{name} must be {batch} integers, one a sequence, got {lengths.dtype} of shape {lengths.shape}")
+        raise ValueError(
+            f"{name} must be {batch} integers, one a sequence, got {lengths.dtype} of shape {lengths.shape}"
+        )
     if lengths.min() < 1 or lengths.max() > steps:
         raise ValueError(f"{name} must lie in 1…{steps}, got {lengths.min()}…{lengths.max()}")
     return lengths.astype(np.int64)

@@ -1,5 +1,6 @@
 """Gradient flow: how large dL/dh_t, dL/dc_t and dL/dx_t are at every step, and how fast they decay with the lag."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,16 +23,29 @@ class Decay:
     """How log-norms fall with the lag.
 
     rate: nats per step, the slope of the median log-norm after the transient, with the ends of its bootstrap interval;
-    half_life: ln 2 / −rate in steps, infinite where nothing decays; horizon: the first lag from which on all lags
-    together hold under 1 % of the summed norms (close to the last lag it is a lower bound). All are NaN where fewer than
-    three lags can be fitted.
+    horizon: the first lag from which on all lags together hold under 1 % of the summed norms (close to the last lag it
+    is a lower bound). All are NaN where fewer than three lags can be fitted.
     """
 
     rate: float
     rate_low: float
     rate_high: float
-    half_life: float
     horizon: float
+
+    @property
+    def half_life(self) -> float:
+        """Steps in which the norm halves, ln 2 / −rate; infinite where nothing decays."""
+        return _half_life(self.rate)
+
+    @property
+    def half_life_low(self) -> float:
+        """The half-life at the lower end of the rate's interval."""
+        return _half_life(self.rate_low)
+
+    @property
+    def half_life_high(self) -> float:
+        """The half-life at the upper end of the rate's interval."""
+        return _half_life(self.rate_high)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class GradientFlow:
                 parts.append(self._frame(layer, direction, "c", self.c[k], np.full_like(self.c[k], np.nan)))
         x = np.concatenate([np.full((1, self.x.shape[1]), np.nan), self.x])
         parts.append(self._frame(-1, 0, "x", x, np.full_like(x, np.nan)))
-        return pd.concat(parts, ignore_index=True)
+        frame: pd.DataFrame = pd.concat(parts, ignore_index=True)
+        return frame
 
     def _frame(self, layer: int, direction: int, quantity: str, total: Floats, direct: Floats) -> pd.DataFrame:
         step, sequence = np.indices(total.shape).reshape(2, -1)
@@ -92,7 +107,7 @@ class GradientFlow:
                 "log_norm_direct_nats": direct.ravel(),
             }
         )
-        return frame[~np.isnan(frame["log_norm_total_nats"])]
+        return frame.dropna(subset=["log_norm_total_nats"])
 
 
 def gradient_flow(
@@ -106,9 +121,9 @@ def gradient_flow(
 ) -> GradientFlow:
     """Measure the gradient of each sequence's own loss at every step by one pass of BPTT.
 
-    loss_at="last" scores the last step of each sequence, targets (B, …); this shows decay. loss_at="every" sums the loss
-    of every step, targets (T, B, …), which adds a direct term at each step and hides decay (the recursion is
-    Pascanu, Mikolov & Bengio 2013, eq. 3–5).
+    loss_at="last" scores the last step of each sequence, targets (B, …); this shows decay. loss_at="every" sums the
+    losses of all steps, targets (T, B, …), which adds a direct term at each step and hides decay (the recursion is
+    that of Pascanu, Mikolov & Bengio 2013, eq. 3–5).
 
     The adjoint is rescaled by powers of two as it goes back, so that 100 000 steps neither under- nor overflow in
     float32, as long as no single step changes it by more than 2^±100. Arguments and errors otherwise as
@@ -177,8 +192,11 @@ def decay(
     tail = (1 - confidence) / 2
     low, high = np.quantile(slopes, [tail, 1 - tail])
     rate = _slope(median[start:])
-    half_life = np.inf if rate >= 0 else np.log(2) / -rate
-    return Decay(rate, float(low), float(high), float(half_life), _horizon(median))
+    return Decay(rate, float(low), float(high), _horizon(median) if np.isfinite(rate) else float("nan"))
+
+
+def _half_life(rate: float) -> float:
+    return math.inf if rate >= 0 else math.log(2) / -rate
 
 
 def _slope(values: Floats) -> float:

@@ -174,8 +174,8 @@ class SequenceModel:
         """Return the mean loss over all scored predictions and its exact gradients.
 
         `lengths` (B,) are the lengths of the inputs; in many_to_many predictions past them are not scored.
-        `target_lengths` (B,) are the lengths of the targets of a generating topology. `state` is carried in (zeros where
-        None). Raises as `Recurrent.forward`, and ValueError for targets that do not fit.
+        `target_lengths` (B,) are the lengths of the targets of a generating topology. `state` is carried in (zeros
+        where None). Raises as `Recurrent.forward`, and ValueError for targets that do not fit.
         """
         if self.topology in ("one_to_many", "encoder_decoder"):
             return self._generating_gradients(x, targets, lengths, target_lengths, state, training)
@@ -284,7 +284,7 @@ class SequenceModel:
         targets: Array | None = None,
         training: bool = False,
     ) -> list[Trace]:
-        """Run step after step, each reading the output of the one before, one trace a step; or all in one, given targets."""
+        """Run step by step, each reading the output of the one before, one trace a step; given targets, all in one."""
         B = x.shape[1]
         network, source, carried = self.rnn, x, state
         if self.decoder is not None:
@@ -341,7 +341,7 @@ class SequenceModel:
 
 
 def _concatenate(steps: list[Gradients]) -> Gradients:
-    """Join the gradients of consecutive pieces: slot 0 of a piece is the last slot of the one before, less its output."""
+    """Join the gradients of consecutive pieces; slot 0 of a piece is the last of the one before, less its output."""
     params = steps[0].params.like()
     for step in steps:
         params.flat += step.params.flat

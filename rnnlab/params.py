@@ -1,5 +1,6 @@
 """Named weights: shapes, counts, and initialisers with their sources."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -86,12 +87,14 @@ Initialiser = Callable[[np.random.Generator, int, int, int], Array]
 
 def uniform(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
     """U(−1/√H, 1/√H), the default of torch.nn.RNN, LSTM and GRU."""
-    return rng.uniform(-1, 1, (rows, columns)) / np.sqrt(hidden_size)
+    bound = 1 / math.sqrt(hidden_size)
+    return rng.uniform(-bound, bound, (rows, columns))
 
 
 def glorot(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
     """U(−a, a), a = √(6 / (rows + columns)): Glorot & Bengio (2010), eq. 16."""
-    return rng.uniform(-1, 1, (rows, columns)) * np.sqrt(6 / (rows + columns))
+    bound = math.sqrt(6 / (rows + columns))
+    return rng.uniform(-bound, bound, (rows, columns))
 
 
 def orthogonal(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
@@ -108,7 +111,7 @@ def identity(rng: np.random.Generator, rows: int, columns: int, hidden_size: int
 
 def gaussian(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
     """N(0, 1/columns): with gain g the random network of Sompolinsky, Crisanti & Sommers (1988)."""
-    return rng.normal(size=(rows, columns)) / np.sqrt(columns)
+    return rng.normal(0, 1 / math.sqrt(columns), (rows, columns))
 
 
 def sparse(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
@@ -116,7 +119,7 @@ def sparse(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) 
 
     The "smart tanh" of Pascanu, Mikolov & Bengio (2013), sec. 4.1.
     """
-    weight = rng.normal(size=(rows, columns)) * 0.01
+    weight = rng.normal(0, 0.01, (rows, columns))
     keep = min(15, columns)
     for row in weight:
         row[rng.permutation(columns)[keep:]] = 0
@@ -168,16 +171,17 @@ def initialise(
             blocks = array.reshape(-1, hidden_size, *array.shape[1:])
             for block in blocks:
                 if name == "weight_hh":
-                    block[...] = gain * INITIALISERS[recurrent](rng, *block.shape, hidden_size)
+                    block[...] = gain * INITIALISERS[recurrent](rng, hidden_size, hidden_size, hidden_size)
                 elif name == "weight_ih":
-                    block[...] = INITIALISERS[input](rng, *block.shape, hidden_size)
+                    block[...] = INITIALISERS[input](rng, hidden_size, block.shape[1], hidden_size)
                 else:
                     block[...] = INITIALISERS[bias](rng, 1, hidden_size, hidden_size)[0]
-        if keeps is None or (forget_bias is None and chrono is None):
-            continue
         gate = {name: slice(k * hidden_size, (k + 1) * hidden_size) for k, name in enumerate(cell.gates)}
-        # Tallec & Ollivier (2018), sec. 2: b_f = log U(1, T_max − 1) and b_i = −b_f spread the time scales up to T_max.
-        kept = forget_bias if chrono is None else np.log(rng.uniform(1, chrono - 1, hidden_size))
-        layer["bias_ih"][gate[keeps]], layer["bias_hh"][gate[keeps]] = kept, 0
-        if chrono is not None and "i" in gate:
-            layer["bias_ih"][gate["i"]], layer["bias_hh"][gate["i"]] = -kept, 0
+        if keeps is not None and forget_bias is not None:
+            layer["bias_ih"][gate[keeps]], layer["bias_hh"][gate[keeps]] = forget_bias, 0
+        if keeps is not None and chrono is not None:
+            # Tallec & Ollivier (2018), sec. 2: b_f = log U(1, T_max − 1), b_i = −b_f spread time scales up to T_max.
+            time_scale = np.log(rng.uniform(1, chrono - 1, hidden_size))
+            layer["bias_ih"][gate[keeps]], layer["bias_hh"][gate[keeps]] = time_scale, 0
+            if "i" in gate:
+                layer["bias_ih"][gate["i"]], layer["bias_hh"][gate["i"]] = -time_scale, 0

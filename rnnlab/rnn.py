@@ -117,9 +117,9 @@ class Recurrent:
         """Draw all weights anew, gate by gate.
 
         `recurrent` and `input` name initialisers of `params.INITIALISERS` (uniform, glorot, orthogonal, identity,
-        gaussian, sparse, zeros) for W_hh, which is then multiplied by `gain`, and W_ih. `bias` is "uniform" (the default
-        where `recurrent` is) or "zeros". `forget_bias` sets the summed bias of the gate that keeps the state (f, or z of
-        a GRU); `chrono` draws that bias for dependencies up to that many steps (Tallec & Ollivier 2018).
+        gaussian, sparse, zeros) for W_hh, which is then multiplied by `gain`, and W_ih. `bias` is "uniform" (the
+        default where `recurrent` is) or "zeros". `forget_bias` sets the summed bias of the gate that keeps the state
+        (f, or z of a GRU); `chrono` draws that bias for dependencies of up to so many steps (Tallec & Ollivier 2018).
         """
         if bias is None:
             bias = "uniform" if recurrent == "uniform" else "zeros"
@@ -312,7 +312,7 @@ class RNN(Recurrent):
 
 
 class LSTM(Recurrent):
-    """The LSTM with forget gates (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000), gates i, f, g, o."""
+    """The LSTM with forget gate (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000): i, f, g, o."""
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
         super().__init__("lstm", input_size, hidden_size, num_layers, **options)
@@ -321,7 +321,7 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """The GRU (Cho et al. 2014), gates r, z, n, h' = (1 − z)∘n + z∘h.
 
-    reset_after=True resets after the product W_hn h, as PyTorch, cuDNN and Keras do; False before it, as the paper does.
+    reset_after=True resets after the product W_hn h, as PyTorch, cuDNN and Keras do; False before it, as the paper.
     """
 
     def __init__(

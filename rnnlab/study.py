@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from unittest import mock
@@ -58,35 +58,28 @@ Outcome = Rows | dict[str, str]
 
 @dataclass(frozen=True)
 class Options:
-    """The values of `flags`."""
+    """What a run of a study may be told, on the command line or in Python; the metadata is that of `click.option`."""
 
-    quick: bool
-    out: Path | None
-    seed: int
-    device: str
-    dtype: str
-    jobs: int
-    scheduler: str | None
-    fresh: bool
-    no_progress: bool
-    json: bool
+    quick: bool = field(default=False, metadata={"is_flag": True, "help": "A small grid, in seconds."})
+    out: Path | None = field(
+        default=None, metadata={"type": click.Path(path_type=Path), "help": "[default: results/STUDY]"}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of every random draw."})
+    device: str = field(default="cpu", metadata={"type": click.Choice(kernels.DEVICES)})
+    dtype: str = field(default="float32", metadata={"type": click.Choice(DTYPES)})
+    jobs: int = field(default=1, metadata={"type": click.IntRange(min=1), "help": "Points at a time."})
+    scheduler: str | None = field(default=None, metadata={"help": "A Dask scheduler, tcp://host:port, to run points."})
+    fresh: bool = field(default=False, metadata={"is_flag": True, "help": "Forget the stored points."})
+    no_progress: bool = field(default=False, metadata={"is_flag": True, "help": "No progress bar on a terminal."})
+    json: bool = field(default=False, metadata={"is_flag": True, "help": "One JSON object on stdout, no paths."})
 
 
 def flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate the callback of a click command that takes the fields of `Options` as keyword arguments."""
-    options = (
-        click.option("--quick", is_flag=True, help="A small grid, in seconds."),
-        click.option("--out", type=click.Path(path_type=Path), help="Folder of the outputs.  [default: results/STUDY]"),
-        click.option("--seed", default=0, show_default=True, help="Seed of every random draw."),
-        click.option("--device", type=click.Choice(kernels.DEVICES), default="cpu", show_default=True),
-        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
-        click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Points at a time."),
-        click.option("--scheduler", metavar="tcp://HOST:PORT", help="Run the points on this Dask cluster."),
-        click.option("--fresh", is_flag=True, help="Forget the stored points."),
-        click.option("--no-progress", is_flag=True, help="No progress bar (there is none without a terminal)."),
-        click.option("--json", is_flag=True, help="One JSON object on stdout, not the paths written."),
-    )
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+    """Give the callback of a click command, called with the fields of `Options`, a flag for each of them."""
+    for option in reversed(fields(Options)):
+        name = f"--{option.name.replace('_', '-')}"
+        command = click.option(name, default=option.default, show_default=True, **option.metadata)(command)
+    return command
 
 
 @dataclass(frozen=True)
@@ -171,7 +164,7 @@ class Study:
         source = _source_hash(self.run)
         points = {self._identity(point, source): point for point in self._points(options)}
         files = {identity: out / "points" / f"{identity}.json" for identity in points}
-        for file in (out / "points").glob("*.json") if options.fresh else ():
+        for file in (out / "points").glob("*.json*") if options.fresh else ():
             file.unlink()
         stored = {identity: rows for identity in points if (rows := _load(files[identity], points[identity]))}
         todo = {identity: point for identity, point in points.items() if identity not in stored}
@@ -239,6 +232,8 @@ class Study:
         if matplotlib.get_backend(auto_select=False) is None:
             matplotlib.use("agg")
         try:
+            if not rows:
+                raise ValueError("no point has rows to draw")
             figure = self.plot(pd.DataFrame(rows))
             with matplotlib.rc_context({"svg.hashsalt": self.name}):
                 for name, metadata in zip(FIGURES, ({"Date": None}, {}), strict=True):
@@ -349,8 +344,10 @@ def _checked(rows: Rows, point: Point) -> Rows:
         {name: cell.item() if isinstance(cell, np.generic) else cell for name, cell in row.items()} for row in rows
     ]
     for name, cell in (item for row in plain for item in row.items()):
-        if name == "error" or (name in point and point[name] != cell):
-            raise ValueError(f"run: a column must not be named error or contradict a parameter, got {name}={cell!r}")
+        if not isinstance(name, str) or name == "error" or (name in point and point[name] != cell):
+            raise ValueError(
+                f"run: a column is named by a str, not error, and repeats no parameter; got {name}={cell!r}"
+            )
         if not _is_json(cell) or isinstance(cell, list):
             raise ValueError(f"run: {name} must be a scalar (str, int, float, bool or None), got {cell!r}")
     result: Rows = json.loads(json.dumps(plain))  # exactly what a resumed run reads
@@ -423,9 +420,8 @@ def _pool(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
 @contextlib.contextmanager
 def _cluster(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
     try:
-        import distributed
-
-        client: Any = distributed.Client(options.scheduler, set_as_default=False)
+        distributed: Any = importlib.import_module("distributed")  # its annotations are too incomplete to check against
+        client = distributed.Client(options.scheduler, set_as_default=False)
     except ImportError as error:
         raise click.UsageError('--scheduler needs the package distributed: pip install "rnnlab[cluster]"') from error
     except (OSError, ValueError) as error:
@@ -444,7 +440,8 @@ def _outcomes(
         for identity, point in points.items():
             yield identity, _measure(run, point, source)
         return
-    run = getattr(importlib.import_module(_module_name(run)), run.__name__)
+    if run.__module__ == "__main__":
+        run = getattr(importlib.import_module(_module_name(run)), run.__name__)
     with (_cluster if options.scheduler else _pool)(options) as submit:
         futures = {submit(run, point, source, identity=identity): identity for identity, point in points.items()}
         for future in as_completed(futures):

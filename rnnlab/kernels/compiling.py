@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @cache
 def _source_hash() -> str:
-    """Hash of every file whose code ends up inside a kernel: Numba itself watches only the file of the outer function."""
+    """Hash every file whose code ends up inside a kernel; Numba itself watches only the file of the outer function."""
     digest = hashlib.sha256()
     for path in [_PACKAGE / "activations.py", _PACKAGE / "cells.py", *sorted((_PACKAGE / "kernels").glob("*.py"))]:
         digest.update(path.read_bytes())
@@ -43,7 +43,7 @@ def kernel(variant):
 
     def decorate(function):
         dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-        dispatcher._cache = _KernelCache(function, variant)
+        dispatcher._cache = _KernelCache(function, variant)  # type: ignore[attr-defined]
         return dispatcher
 
     return decorate

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..activations import scalar
 from ..cells import CELLS, Cell
-from . import LayerGradients, LayerTrace, LayerWeights
+from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
 from .simd import VECTOR_BYTES, move_vector
 
@@ -354,7 +354,7 @@ def _diagonals_kernel(cell: Cell, dtype):
 
 
 def forward(
-    cell: Cell, x: NDArray, weights: LayerWeights, state: NDArray, lengths: NDArray[np.int64], keep: bool = True
+    cell: Cell, x: Array, weights: LayerWeights, state: Array, lengths: NDArray[np.int64], keep: bool = True
 ) -> LayerTrace:
     """Run one layer in one direction over x (T, B, I) from state (S, B, H).
 
@@ -379,8 +379,8 @@ def backward(
     cell: Cell,
     trace: LayerTrace,
     weights: LayerWeights,
-    d_output: NDArray,
-    d_final: NDArray,
+    d_output: Array,
+    d_final: Array,
     d_output_exponent: NDArray[np.int64] | None = None,
 ) -> LayerGradients:
     """Backpropagate d_output (T, B, H) and d_final (S, B, H) through one layer (BPTT: Werbos 1990).
@@ -428,7 +428,7 @@ def backward(
     return LayerGradients(d_weights, dx, d_state, d_output, None, None)
 
 
-def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> NDArray:
+def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Array:
     """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), the states stacked as [h; c].
 
     J = D_direct + Σ_g diag(D_g)·W_hh,g, the diagonals from `step_backward` with unit cotangents.
