@@ -12,7 +12,7 @@ from .checks import check_choice
 from .model import SequenceModel
 from .rnn import State
 
-__all__ = ["Decay", "GradientFlow", "decay", "gradient_flow", "log_norm"]
+__all__ = ["Decay", "GradientFlow", "decay", "gradient_flow", "lag_profile", "log_norm"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -46,6 +46,18 @@ class Decay:
     def half_life_high(self) -> float:
         """The half-life at the upper end of the rate's interval."""
         return _half_life(self.rate_high)
+
+    def to_row(self) -> dict[str, float]:
+        """Return all numbers with their units in the names, as one row of a tidy table."""
+        return {
+            "rate_nats_per_step": self.rate,
+            "rate_low_nats_per_step": self.rate_low,
+            "rate_high_nats_per_step": self.rate_high,
+            "half_life_steps": self.half_life,
+            "half_life_low_steps": self.half_life_low,
+            "half_life_high_steps": self.half_life_high,
+            "horizon_steps": self.horizon,
+        }
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,20 @@ def log_norm(values: Array, exponent: NDArray[np.int64] | None = None) -> Floats
     with np.errstate(divide="ignore"):
         norms: Floats = np.log(largest[..., 0]) + 0.5 * np.log(squares)
     return norms if exponent is None else norms + exponent * np.log(2)
+
+
+def lag_profile(log_norms: Floats, low: float = 0.1, high: float = 0.9) -> pd.DataFrame:
+    """Return quantiles over the samples of log-norms (samples, lags), relative to the first lag that has a gradient.
+
+    Columns: lag_steps, norm_decades (the median, log10), norm_low_decades and norm_high_decades.
+    """
+    first = int(np.isfinite(log_norms).all(axis=0).argmax())
+    relative = (log_norms[:, first:] - log_norms[:, first : first + 1]) / np.log(10)
+    lows, median, highs = np.quantile(relative, [low, 0.5, high], axis=0, method="nearest")
+    lags = np.arange(first, log_norms.shape[1])
+    return pd.DataFrame(
+        {"lag_steps": lags, "norm_decades": median, "norm_low_decades": lows, "norm_high_decades": highs}
+    )
 
 
 def decay(

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -153,7 +154,7 @@ class Study:
             click.echo(f"Interrupted. Finished points are kept in {out / 'points'}: the next run resumes.", err=True)
             sys.exit(130)
         for failure in manifest["failed"]:
-            click.echo(f"{self.name}: {json.dumps(failure['point'])}: {failure['error']}", err=True)
+            click.echo(f"{self.name}: {failure['point']}: {failure['error']}", err=True)
         if not options.json:
             click.echo("\n".join(manifest["outputs"]))
         return manifest
@@ -419,6 +420,8 @@ def _pool(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
 
 @contextlib.contextmanager
 def _cluster(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
+    if not re.fullmatch(r"\w+://.+:\d+", options.scheduler or ""):  # Dask itself would try for a minute
+        raise click.UsageError(f"--scheduler takes an address such as tcp://host:8786, got {options.scheduler!r}")
     try:
         distributed: Any = importlib.import_module("distributed")  # its annotations are too incomplete to check against
         client = distributed.Client(options.scheduler, set_as_default=False)

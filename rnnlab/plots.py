@@ -1,0 +1,91 @@
+"""Tidy tables to figures; nothing is computed here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+__all__ = ["banded_lines", "caption", "decades", "dots", "half_lives", "panels"]
+
+#: Colour-blind safe, in a fixed order.
+PALETTE = sns.color_palette("colorblind")
+
+
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Return a figure that belongs to no window, and its axes row by row."""
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.85):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def banded_lines(
+    ax: Axes,
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    low: str,
+    high: str,
+    hue: str,
+    hue_order: Sequence[Any],
+    style: str,
+    dashes: Mapping[str, str],
+    title: str,
+) -> None:
+    """Draw a line and its band from `low` to `high` for each value of `hue` (its colour) and `style` (its dashes)."""
+    for colour, shade in zip(PALETTE, hue_order, strict=False):
+        for name, dash in dashes.items():
+            part = frame[(frame[hue] == shade) & (frame[style] == name)]
+            ax.plot(part[x], part[y], dash, color=colour, label=_words(f"{shade}, {name}"))
+            ax.fill_between(part[x], part[low], part[high], color=colour, alpha=0.15, linewidth=0)
+    ax.legend(title=title, fontsize=8, title_fontsize=8)
+
+
+def dots(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, hue_order: Sequence[Any]) -> None:
+    """Draw dots in the colours that `banded_lines` gives the values of `hue`."""
+    for colour, shade in zip(PALETTE, hue_order, strict=False):
+        part = frame[frame[hue] == shade]
+        ax.plot(part[x], part[y], "o", color=colour, markersize=4)
+
+
+def decades(ax: Axes, x_label: str, y_label: str) -> None:
+    """Label the axes; y holds logarithms to base 10 and shows powers of ten."""
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")
+
+
+def half_lives(
+    ax: Axes, frame: pd.DataFrame, *, rows: Mapping[tuple[str, str], str], columns: Sequence[str], lines: Sequence[str]
+) -> None:
+    """Fill a panel with half-lives and their intervals, a row for each (cell, state) and initialiser of `lines`."""
+    cells, labels = [], []
+    for (cell, state), label in rows.items():
+        for line in lines:
+            part = frame[(frame["cell"] == cell) & (frame["state"] == state) & (frame["initialiser"] == line)]
+            fit = part.set_index("input").loc[list(columns)]
+            ends = zip(fit["half_life_steps"], fit["half_life_low_steps"], fit["half_life_high_steps"], strict=True)
+            cells.append([f"{middle:.3g} ({low:.3g}–{high:.3g})" for middle, low, high in ends])
+            labels.append(f"{label}, {line}")
+    ax.axis("off")
+    ax.set_title("Half-life in steps (95 % bootstrap interval over networks)")
+    table = ax.table(cells, rowLabels=labels, colLabels=[_words(name) for name in columns], loc="upper right")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    table.auto_set_column_width(list(range(len(columns))))
+    table.scale(1, 1.7)
+
+
+def caption(figure: Figure, title: str, text: str) -> None:
+    """Set the figure's title and, below it, the setting in which it was measured."""
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.supxlabel(text, fontsize=9, color="0.3")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,62 @@
+"""The command line `rnnlab`."""
+
+import importlib.metadata
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from rnnlab.cells import CELLS
+from rnnlab.cli import main
+from rnnlab.kernels import cpu
+from rnnlab.study import DTYPES, provenance
+
+
+def test_info_prints_the_provenance():
+    facts = json.loads(CliRunner().invoke(main, ["info", "--json"]).stdout)
+    assert facts == provenance()
+    lines = dict(line.split(maxsplit=1) for line in CliRunner().invoke(main, ["info"]).stdout.splitlines())
+    assert lines["numpy"] == np.__version__
+    assert lines["vector_bytes"] == str(facts["vector_bytes"])
+    assert lines["threads"] == str(facts["threads"])
+    assert lines.keys() == facts["packages"].keys() | facts.keys() - {"packages"}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The calls of `cpu.warmup`, which compiles nothing here."""
+    calls = []
+    monkeypatch.setattr(cpu, "warmup", lambda cell, dtype: calls.append((cell, dtype)))
+    return calls
+
+
+def test_warmup_compiles_every_cell_for_both_types(compiled):
+    result = CliRunner().invoke(main, ["warmup"])
+    assert result.exit_code == 0
+    assert compiled == [(cell, dtype) for cell in CELLS for dtype in DTYPES]
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [(cell, dtype) for cell, dtype, _ in rows] == compiled
+    assert all(float(seconds) >= 0 for *_, seconds in rows)
+
+
+def test_warmup_compiles_what_is_named(compiled):
+    words = ["warmup", "--cell", "gru", "--cell", "lstm", "--dtype", "float64"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert compiled == [("gru", "float64"), ("lstm", "float64")]
+
+
+@pytest.mark.parametrize(("option", "accepted"), [("--cell", "rnn_tanh"), ("--dtype", "float64")])
+def test_warmup_names_what_it_accepts(compiled, option, accepted):
+    result = CliRunner().invoke(main, ["warmup", option, "float8"])
+    assert result.exit_code == 2
+    assert "'float8' is not one of" in result.stderr
+    assert accepted in result.stderr
+    assert compiled == []
+
+
+def test_version_is_that_of_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"rnnlab": "1.2.3"}.__getitem__)
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.exit_code == 0
+    assert "1.2.3" in result.stdout
