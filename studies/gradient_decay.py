@@ -96,7 +96,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         ax.sharey(axes[0])
     curves = biased[(biased["state"] == "c") & (biased["kind"] == "curve")]
     exact = curves[curves["initialiser"] == "zeros"]
-    draw(axes[4], curves, exact[exact["lag_steps"] % 25 == 0], "forget_bias", FORGET_BIASES, ("uniform",))
+    draw(axes[4], curves, exact[exact["lag_steps"] % (longest // 8) == 0], "forget_bias", FORGET_BIASES, ("uniform",))
     theory = exact.pivot(index="lag_steps", columns="forget_bias", values="theory_decades")
     axes[4].plot(theory.index, theory, "k--", linewidth=0.8)
     axes[4].set_title("LSTM: dL/dc by forget bias, white noise\n(dots: all weights zero; dashed: theory for that)")
