@@ -367,7 +367,8 @@ def forward(
     ax += weights.bias_ih
     states = np.empty((S, T + 1, B, H), x.dtype)
     states[:, 0] = state
-    saved = np.empty((kept_steps, B, (cell.saved + (2 if cell.reset else 0)) * H), x.dtype)
+    allocate = np.empty if lengths.min() == T else np.zeros  # past the end nothing is saved
+    saved = allocate((kept_steps, B, (cell.saved + (2 if cell.reset else 0)) * H), x.dtype)
     reset_h = np.empty((kept_steps if cell.reset else 0, B, H), x.dtype)
     _forward_kernel(cell, x.dtype)(
         ax.reshape(T, B, -1), weights.weight_hh, weights.bias_hh, weights.peephole, lengths, states, saved, reset_h
