@@ -350,6 +350,21 @@ def _diagonals_kernel(cell: Cell, dtype):
     return diagonals
 
 
+# Large products -----------------------------------------------------------------------------------------------------
+
+
+@kernel("products")
+def _multiply(a, b, out):
+    """out = a·b by the BLAS that the kernels use: a second one's idle threads would spin on the same cores."""
+    np.dot(a, b, out)
+
+
+def _product(a: Array, b: Array) -> Array:
+    out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+    _multiply(a, b, out)
+    return out
+
+
 # What a layer calls -------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +378,7 @@ def forward(
     """
     T, B, _ = x.shape
     H, S, kept_steps = weights.weight_hh.shape[1], len(cell.states), T if keep else 1
-    ax = np.matmul(x.reshape(T * B, -1), weights.weight_ih.T)
+    ax = _product(x.reshape(T * B, -1), weights.weight_ih.T)
     ax += weights.bias_ih
     states = np.empty((S, T + 1, B, H), x.dtype)
     states[:, 0] = state
@@ -411,16 +426,16 @@ def backward(
         dah,
         d_peephole,
     )
-    dx = np.matmul(dax, weights.weight_ih)
+    dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
+    dx = _product(dax, weights.weight_ih).reshape(T, B, -1)
     if scaled:
         return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
-    dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
-    d_weight_hh = np.matmul(dah.T, trace.state[0, :T].reshape(T * B, H))
+    d_weight_hh = _product(dah.T, trace.state[0, :T].reshape(T * B, H))
     if cell.reset:
         last = slice((G - 1) * H, None)
-        np.matmul(dah[:, last].T, trace.reset_h.reshape(T * B, H), out=d_weight_hh[last])
+        d_weight_hh[last] = _product(np.ascontiguousarray(dah[:, last]).T, trace.reset_h.reshape(T * B, H))
     d_weights = LayerWeights(
-        np.matmul(dax.T, trace.x.reshape(T * B, -1)),
+        _product(dax.T, trace.x.reshape(T * B, -1)),
         d_weight_hh,
         dax.sum(axis=0),
         dah.sum(axis=0),
