@@ -1,7 +1,5 @@
 """Peak memory of a process that trains, against the number of steps, beside one that only holds the inputs."""
 
-from rnnlab.kernels import cpu
-
 from . import shapes
 
 
@@ -11,7 +9,6 @@ class Memory:
     param_names = ("cell", "steps")
 
     def setup(self, cell, steps):
-        cpu.warmup(cell, "float32")  # compiled for both, or the compiler's own memory would be compared
         self.net, x, d_output = shapes.problem(cell, "T100_B32_H128", "float32")
         self.x, self.d_output = (a.repeat(steps // len(a), axis=0) for a in (x, d_output))
 

@@ -1,13 +1,15 @@
-"""What is measured: cells and shapes. Append only: asv's history hangs on these names."""
+"""What is measured: cells, shapes, devices, dtypes. Append only: asv's history hangs on these names."""
 
-from typing import Any
+from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 import rnnlab
+from rnnlab.costs import Shape
+from rnnlab.kernels import available
 
 CELLS = ["rnn_tanh", "lstm", "gru"]
+DEVICES = ["cpu", "cuda"]
 DTYPES = ["float32", "float64"]
 
 #: Steps, batch, inputs and hidden units by name.
@@ -19,10 +21,23 @@ SHAPES = {
 }
 
 
-def problem(cell: str, shape: str, dtype: str) -> tuple[rnnlab.Recurrent, NDArray[Any], NDArray[Any]]:
-    """Return a network, inputs x and an upstream gradient, all random."""
+def size(cell, shape):
+    """Return the `Shape` of a name."""
+    return Shape(cell, *SHAPES[shape])
+
+
+@cache
+def problem(cell, shape, dtype, device="cpu"):
+    """Return a network that is compiled and warm, inputs x and an upstream gradient, all random.
+
+    Cached, because asv runs `setup` before every sample. Raises NotImplementedError, asv's n/a, without the device.
+    """
+    if reason := available(device):
+        raise NotImplementedError(reason)
     steps, batch, inputs, hidden = SHAPES[shape]
     rng = np.random.default_rng(0)
     net = rnnlab.Recurrent(cell, inputs, hidden, dtype=dtype, seed=0)
     x = rng.normal(size=(steps, batch, inputs)).astype(dtype)
-    return net, x, rng.normal(size=(steps, batch, hidden)).astype(dtype)
+    d_output = rng.normal(size=(steps, batch, hidden)).astype(dtype)
+    net.backward(net.forward(x), d_output)
+    return net, x, d_output

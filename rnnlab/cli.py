@@ -1,7 +1,14 @@
 """The command line `rnnlab`: data on stdout, everything else on stderr."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import click
 
@@ -47,3 +54,98 @@ def warmup(dtypes: tuple[str, ...], cells: tuple[str, ...]) -> None:
             start = time.perf_counter()
             cpu.warmup(cell, dtype)
             click.echo(f"{cell}\t{dtype}\t{time.perf_counter() - start:.2f}")
+
+
+def _names(module: str, accepted: str) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """Return the callback of an option that takes names of `rnnlab.module.accepted`, separated by commas."""
+
+    def split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+        names, known = tuple(value.split(",")), tuple(getattr(importlib.import_module(f"rnnlab.{module}"), accepted))
+        if unknown := [name for name in names if name not in known]:
+            raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return names
+
+    return split
+
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@main.command()
+@click.option("--cells", default="rnn_tanh,lstm,gru", show_default=True, callback=_names("cells", "CELLS"))
+@click.option("--shapes", multiple=True, default=["small"], show_default=True, help="Set or T,B,I,H; repeatable.")
+@click.option("--devices", default="cpu", show_default=True, callback=_names("kernels", "DEVICES"))
+@click.option("--dtypes", default="float32", show_default=True, callback=_names("peers", "DTYPES"))
+@click.option("--peers", default="torch,jax,onnxruntime", show_default=True, callback=_names("peers", "PEERS"))
+@click.option("--scope", type=click.Choice(["forward", "training", "step"]), default="training", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="For every implementation.  [default: all cores]")
+@click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="Time of a problem.")
+@click.option("--csv", "csv_file", type=_FILE, help="Write the tidy table, and its manifest beside it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the table.")
+@click.option("--plot", type=_FILE, help="Draw the ratios and the roofline.")
+@click.option("--check", is_flag=True, help="Exit 1 when a ratio to the fastest peer is below --at-least.")
+@click.option("--at-least", type=float, default=1.0, show_default=True)
+@click.option("--no-progress", is_flag=True, help="No progress bar on a terminal.")
+def compare(
+    cells: tuple[str, ...],
+    shapes: tuple[str, ...],
+    devices: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    peers: tuple[str, ...],
+    scope: str,
+    threads: int | None,
+    seconds: float,
+    csv_file: Path | None,
+    as_json: bool,
+    plot: Path | None,
+    check: bool,
+    at_least: float,
+    no_progress: bool,
+) -> None:
+    """Time rnnlab and its peers on the same problems, interleaved in one process. A ratio above 1 is our lead.
+
+    SHAPES are reference (= small, medium and large), deepbench, or T,B,I,H. Each implementation is checked against
+    float64 before it is timed. Exit 1: below --at-least, or wrong; 2: usage; 3: a device is not there.
+    """
+    from tqdm import tqdm
+
+    from . import compare as comparison
+    from .kernels import DeviceNotAvailable
+    from .study import provenance
+    from .timing import pin, thread_environment, usable_cores
+
+    threads = threads or usable_cores()
+    if threads > usable_cores():
+        raise click.BadParameter(f"this process may use {usable_cores()} cores, got {threads}", param_hint="--threads")
+    try:
+        todo = comparison.problems(cells, shapes, devices, dtypes, scope, threads)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--shapes") from error
+    if not pin(threads):
+        # Libraries count their threads when they are imported, and some already are: start again in a new process.
+        command = [sys.executable, "-m", "rnnlab.cli", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=os.environ | thread_environment(threads)).returncode)
+    try:
+        bar = partial(tqdm, desc="compare", disable=no_progress or None)
+        frame = comparison.compare(todo, peers, seconds=seconds, progress=bar)
+    except DeviceNotAvailable as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(3)
+    worst = comparison.worst_ratio(frame)
+    if as_json:
+        rows = json.loads(frame.to_json(orient="records"))
+        click.echo(json.dumps({"rows": rows, "worst_ratio": worst, "environment": provenance()}))
+    else:
+        click.echo(comparison.table(frame))
+    if csv_file:
+        frame.to_csv(csv_file, index=False)
+        csv_file.with_suffix(".manifest.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+    if plot:
+        comparison.draw(frame).savefig(plot, bbox_inches="tight", dpi=150)
+    if (check and not worst >= at_least) or (frame["status"] == "wrong").any():
+        click.echo(f"Error: worst ratio {worst:.3g}, wanted {at_least:.3g}; see the column status", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

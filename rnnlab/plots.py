@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["banded_lines", "caption", "decades", "dots", "half_lives", "panels"]
+__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "roofline"]
 
 #: Colour-blind safe, in a fixed order.
 PALETTE = sns.color_palette("colorblind")
@@ -79,6 +79,35 @@ def half_lives(
     table.set_fontsize(8)
     table.auto_set_column_width(list(range(len(columns))))
     table.scale(1, 1.7)
+
+
+def curves(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, style: str) -> None:
+    """Draw lines with markers and the bands `low_y` to `high_y`, coloured by `hue`, dashed by `style`."""
+    for colour, (shade, part) in zip(PALETTE, frame.groupby(hue, sort=False), strict=False):
+        for dash, (name, line) in zip(("o-", "s--"), part.groupby(style, sort=False), strict=False):
+            ax.plot(line[x], line[y], dash, color=colour, markersize=4, label=f"{shade}, {name}")
+            ax.fill_between(line[x], line[f"low_{y}"], line[f"high_{y}"], color=colour, alpha=0.2, linewidth=0)
+    ax.legend(fontsize=8)
+
+
+def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float) -> None:
+    """Draw horizontal bars on a logarithmic axis, and the line where `x` is `unit`."""
+    sns.barplot(frame, x=x, y=y, hue=hue, ax=ax, palette="colorblind")
+    ax.set_xscale("log")
+    ax.axvline(unit, color="k", linewidth=1)
+
+
+def roofline(ax: Axes, frame: pd.DataFrame, *, hue: str) -> None:
+    """Draw GFLOP/s against FLOPs per byte, under the measured peak and bandwidth (Williams et al. 2009)."""
+    sns.scatterplot(
+        frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette="colorblind"
+    )
+    peak, bandwidth = frame["peak_gflops_per_second"].iloc[0], frame["bandwidth_gbytes_per_second"].iloc[0]
+    ax.axhline(peak, color="k", linewidth=1)
+    ax.axline((1, bandwidth), (10, 10 * bandwidth), color="k", linewidth=1, linestyle="--")
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
+    ax.set_title(f"measured peak {peak:.0f} GFLOP/s (solid), memory {bandwidth:.0f} GB/s (dashed)")
+    ax.legend(fontsize=8)
 
 
 def caption(figure: Figure, title: str, text: str) -> None:

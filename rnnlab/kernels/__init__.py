@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEVICES", "DeviceNotAvailable", "LayerGradients", "LayerTrace", "LayerWeights", "backend"]
+__all__ = ["DEVICES", "DeviceNotAvailable", "LayerGradients", "LayerTrace", "LayerWeights", "available", "backend"]
 
 Array = NDArray[Any]
 
@@ -32,6 +32,15 @@ def backend(device: str) -> ModuleType:
     if device == "cuda":
         raise DeviceNotAvailable("device 'cuda' cannot be used: this version of rnnlab has kernels for the CPU only")
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+def available(device: str) -> str | None:
+    """Return why `device` cannot be used here, or None if it can."""
+    try:
+        backend(device)
+    except DeviceNotAvailable as error:
+        return str(error)
+    return None
 
 
 class LayerWeights(NamedTuple):

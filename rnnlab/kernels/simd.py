@@ -1,10 +1,11 @@
-"""Vector registers of the host: their width, and moves of whole registers (the only LLVM IR of the project)."""
+"""Vector registers of the host: their width, moves and multiply-adds (the only LLVM IR of the project)."""
 
 from llvmlite import binding, ir
-from numba.core import types
+from numba import njit
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["VECTOR_BYTES", "move_vector"]
+__all__ = ["CHAINS", "VECTOR_BYTES", "move_vector", "run_chains"]
 
 
 def _vector_bytes() -> int:
@@ -41,3 +42,46 @@ def move_vector(typing_context, target, to, source, start):
         return context.get_dummy_value()
 
     return types.void(target, types.intp, source, types.intp), generate
+
+
+#: Independent multiply-add chains of `run_chains`: enough to fill two pipelines of four or five cycles' latency.
+CHAINS = 12
+
+
+@intrinsic
+def _fma_chains(typing_context, x, count):
+
+    def generate(context, builder, signature, arguments):
+        element = context.get_data_type(x)
+        lanes = VECTOR_BYTES // context.get_abi_sizeof(element)
+        vector = ir.VectorType(element, lanes)
+        name = f"llvm.fma.v{lanes}f{8 * context.get_abi_sizeof(element)}"
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+        start = ir.Constant(vector, ir.Undefined)
+        for lane in range(lanes):
+            start = builder.insert_element(start, arguments[0], ir.Constant(ir.IntType(32), lane))
+        before, body, after = builder.block, builder.append_basic_block("fma"), builder.append_basic_block("done")
+        builder.branch(body)
+        builder.position_at_end(body)
+        index = builder.phi(arguments[1].type)
+        index.add_incoming(ir.Constant(index.type, 0), before)
+        chains = [builder.phi(vector) for _ in range(CHAINS)]
+        for chain in chains:
+            chain.add_incoming(start, before)
+            chain.add_incoming(builder.call(fma, [chain, start, start]), body)
+        next_index = builder.add(index, ir.Constant(index.type, 1))
+        index.add_incoming(next_index, body)
+        builder.cbranch(builder.icmp_signed("<", next_index, arguments[1]), body, after)
+        builder.position_at_end(after)
+        total = chains[0]
+        for chain in chains[1:]:
+            total = builder.fadd(total, chain)
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return x(x, count), generate
+
+
+@njit(nogil=True)
+def run_chains(x, count):
+    """Return a number that took CHAINS·V·count fused multiply-adds in registers: the measure of a core's peak."""
+    return _fma_chains(x, count)

@@ -1,0 +1,436 @@
+"""Other people's recurrent networks behind one signature, to be compared with ours.
+
+Every implementation gets the same `Problem`: weights, inputs and random upstream gradient. It returns a `Run`, whose
+`call` does the work once and returns when it is done, and whose `result` gives what it computed, so that each can be
+checked against our float64 before it is timed. Building, compiling and converting weights happen before, once.
+
+Imports of the peers are inside their functions: a peer that is not installed is listed as such and hurts nobody.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .costs import Shape
+from .kernels import DeviceNotAvailable
+from .model import SequenceModel
+from .rnn import Recurrent
+
+__all__ = ["DTYPES", "PEERS", "SCOPES", "NotApplicable", "Peer", "Problem", "Run", "tolerance", "worst_error"]
+
+Array = NDArray[Any]
+Results = dict[str, Array]
+
+#: forward: inference; training: forward and BPTT with all gradients; step: loss, BPTT, clipping and SGD update.
+SCOPES = ("forward", "training", "step")
+
+#: Unit roundoff of each arithmetic; tf32, bf16 and fp16 multiply with it and accumulate in float32.
+DTYPES = {"float32": 2.0**-24, "float64": 2.0**-53, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-12}
+
+#: The whole training step of scope "step": classes, clipping threshold (global norm), learning rate.
+CLASSES, THRESHOLD, LEARNING_RATE = 10, 1.0, 0.01
+
+
+class NotApplicable(Exception):
+    """An implementation cannot run a problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to compute: a shape, a scope, a dtype and a device; all numbers follow from `seed`."""
+
+    shape: Shape
+    scope: str = "training"
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+
+    def network(self, dtype: str | None = None) -> Recurrent:
+        """Return the network with PyTorch's uniform weights, rounded to float32 in every dtype."""
+        shape = self.shape
+        net = Recurrent(
+            shape.cell,
+            shape.input_size,
+            shape.hidden_size,
+            shape.num_layers,
+            bidirectional=shape.bidirectional,
+            dtype=dtype or self.storage,
+            seed=self.seed,
+        )
+        net.params.flat[...] = net.params.flat.astype(np.float32)
+        return net
+
+    def model(self, dtype: str | None = None) -> SequenceModel:
+        """Return the network with a readout of `CLASSES` classes, read at the last step."""
+        model = SequenceModel(self.network(dtype), CLASSES, "many_to_one", "cross_entropy", seed=self.seed)
+        model.params.flat[...] = model.params.flat.astype(np.float32)
+        return model
+
+    @property
+    def storage(self) -> str:
+        """The dtype of arrays: low-precision arithmetic starts from float32."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def arrays(self, dtype: str | None = None) -> tuple[Array, Array, Array]:
+        """Return x (T, B, I), the upstream gradient (T, B, D·H) and labels (B,), all random."""
+        shape, dtype = self.shape, dtype or self.storage
+        rng = np.random.default_rng(self.seed + 1)
+        width = shape.hidden_size * (2 if shape.bidirectional else 1)
+        x = rng.normal(size=(shape.steps, shape.batch, shape.input_size)).astype(np.float32).astype(dtype)
+        upstream = rng.normal(size=(shape.steps, shape.batch, width)).astype(np.float32).astype(dtype)
+        return x, upstream, rng.integers(CLASSES, size=shape.batch)
+
+
+class Run(NamedTuple):
+    """A prepared implementation: `call` works once, `result` returns what the first call computed, as named arrays."""
+
+    call: Callable[[], Any]
+    result: Callable[[], Results]
+
+
+class Peer(NamedTuple):
+    """An implementation: the package it needs, its devices, and `prepare(problem)`, which may raise NotApplicable."""
+
+    package: str
+    devices: tuple[str, ...]
+    prepare: Callable[[Problem], Run]
+
+    def missing(self) -> str | None:
+        """Return why it cannot be used here, or None."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed"
+        return None
+
+
+def worst_error(result: Results, reference: Results) -> float:
+    """Return the largest error of any array, relative to the largest number in that array."""
+    if missing := reference.keys() - result.keys():
+        raise ValueError(f"result lacks {', '.join(sorted(missing))}")
+    return max(
+        float(np.abs(result[name] - exact).max() / max(np.abs(exact).max(), np.finfo(np.float64).tiny))
+        for name, exact in reference.items()
+    )
+
+
+def tolerance(problem: Problem) -> float:
+    """Return the error that a correct implementation may have: 30·u·√T, rounding errors adding up as a random walk.
+
+    u is the unit roundoff; the factor covers sums over H and B·T terms and the reordering of fused operations. In a
+    step PyTorch clips to θ / (‖g‖ + 10⁻⁶), which moves the update by that much.
+    """
+    clipping = 1e-6 * LEARNING_RATE if problem.scope == "step" else 0.0
+    return float(30 * DTYPES[problem.dtype] * np.sqrt(problem.shape.steps)) + clipping
+
+
+# rnnlab -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
+    """Prepare our own; with dtype "float64" it is the reference for the others."""
+    if problem.device != "cpu":
+        raise DeviceNotAvailable(f"device {problem.device!r} cannot be used: rnnlab has kernels for the CPU only")
+    if dtype is None and problem.dtype not in ("float32", "float64"):
+        raise NotApplicable(f"rnnlab has no {problem.dtype} on the CPU")
+    x, upstream, labels = problem.arrays(dtype)
+    kept: list[Results] = []
+    if problem.scope == "step":
+        model = problem.model(dtype)
+
+        def step() -> None:
+            gradient = model.loss_and_gradients(x, labels).params.flat
+            norm = np.linalg.norm(gradient)
+            model.params.flat[...] -= (LEARNING_RATE * min(1.0, THRESHOLD / float(norm))) * gradient
+            if not kept:
+                kept.append({name: array.copy() for name, array in model.params.items()})
+
+        return Run(step, lambda: kept[0])
+    net = problem.network(dtype)
+    if problem.scope == "forward":
+        return Run(lambda: net.forward(x, keep=False), lambda: {"output": net.forward(x, keep=False).output})
+
+    def train() -> Any:
+        trace = net.forward(x)
+        return trace.output, net.backward(trace, upstream)
+
+    def result() -> Results:
+        output, gradients = train()
+        return {"output": output, "x": gradients.x, **gradients.params}
+
+    return Run(train, result)
+
+
+# PyTorch, and cuDNN through it --------------------------------------------------------------------------------------
+
+
+def prepare_torch(problem: Problem, graph: bool = False) -> Run:
+    """Prepare torch.nn.RNN, LSTM or GRU, eager; on a GPU that is cuDNN, with `graph` replayed as a CUDA graph."""
+    import torch
+
+    shape, device = problem.shape, problem.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceNotAvailable("device 'cuda' cannot be used: PyTorch finds no GPU or no driver")
+    if device == "cpu" and problem.dtype not in ("float32", "float64"):
+        raise NotApplicable(f"PyTorch is compared in {problem.dtype} on a GPU only")
+    classes: dict[str, Any] = {
+        "rnn_tanh": torch.nn.RNN,
+        "rnn_relu": partial(torch.nn.RNN, nonlinearity="relu"),
+        "lstm": torch.nn.LSTM,
+        "gru": torch.nn.GRU,
+    }
+    if shape.cell not in classes:
+        raise NotApplicable(f"PyTorch has no {shape.cell}")
+    torch.set_num_threads(problem.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = problem.dtype == "tf32"
+    number = {"float64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}.get(problem.dtype, torch.float32)
+    on = {"device": device, "dtype": number}
+    network = classes[shape.cell](
+        shape.input_size, shape.hidden_size, shape.num_layers, bidirectional=shape.bidirectional
+    ).to(**on)
+    arrays = problem.arrays()
+    x, upstream = (torch.from_numpy(array).to(**on) for array in arrays[:2])
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in problem.network().params.items()})
+    if problem.scope == "step":
+        return _torch_step(problem, network, x, torch.from_numpy(arrays[2]).to(device))
+    x.requires_grad_(problem.scope == "training")
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return network(x)[0]
+
+    def train() -> Any:
+        network.zero_grad(set_to_none=True)
+        x.grad = None
+        output = network(x)[0]
+        output.backward(upstream)
+        return output
+
+    work = forward if problem.scope == "forward" else train
+    call = _cuda_graph(work) if graph else work
+
+    def result() -> Results:
+        output = {"output": work()}
+        if problem.scope == "training":
+            output |= {"x": x.grad} | {name: weight.grad for name, weight in network.named_parameters()}
+        return {name: tensor.detach().double().cpu().numpy() for name, tensor in output.items()}
+
+    return Run(call, result)
+
+
+def _torch_step(problem: Problem, network: Any, x: Any, labels: Any) -> Run:
+    import torch
+
+    source = problem.model().params
+    readout = torch.nn.Linear(problem.shape.hidden_size, CLASSES).to(x)
+    readout.load_state_dict({name: torch.from_numpy(source[f"readout.{name}"]) for name in ("weight", "bias")})
+    named = {f"rnn.{name}": weight for name, weight in network.named_parameters()}
+    named |= {f"readout.{name}": weight for name, weight in readout.named_parameters()}
+    optimiser = torch.optim.SGD(named.values(), lr=LEARNING_RATE)
+    kept: list[Results] = []
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(readout(network(x)[0][-1]), labels).backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), THRESHOLD)
+        optimiser.step()
+        if not kept:
+            kept.append({name: weight.detach().double().cpu().numpy().copy() for name, weight in named.items()})
+
+    return Run(step, lambda: kept[0])
+
+
+def _cuda_graph(work: Callable[[], Any]) -> Callable[[], None]:
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+# JAX ----------------------------------------------------------------------------------------------------------------
+
+
+def _jax_step(cell: str) -> tuple[int, Callable[..., Any]]:
+    """Return the number of states and the step of a scan: (state, W_hh, b_hh, ax) -> (state, h)."""
+    import jax
+    from jax import numpy as jnp
+
+    def rnn(activation: Callable[..., Any], h: Any, weight: Any, bias: Any, ax: Any) -> Any:
+        h = activation(ax + h @ weight.T + bias)
+        return h, h
+
+    def lstm(state: Any, weight: Any, bias: Any, ax: Any) -> Any:
+        h, c = state
+        i, f, g, o = jnp.split(ax + h @ weight.T + bias, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    def gru(h: Any, weight: Any, bias: Any, ax: Any) -> Any:
+        x_r, x_z, x_n = jnp.split(ax, 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(h @ weight.T + bias, 3, axis=-1)
+        z = jax.nn.sigmoid(x_z + h_z)
+        n = jnp.tanh(x_n + jax.nn.sigmoid(x_r + h_r) * h_n)
+        h = (1 - z) * n + z * h
+        return h, h
+
+    steps: dict[str, tuple[int, Callable[..., Any]]] = {
+        "rnn_tanh": (1, partial(rnn, jnp.tanh)),
+        "rnn_relu": (1, partial(rnn, jax.nn.relu)),
+        "rnn_sigmoid": (1, partial(rnn, jax.nn.sigmoid)),
+        "lstm": (2, lstm),
+        "gru": (1, gru),
+    }
+    if cell not in steps:
+        raise NotApplicable(f"the JAX peer has no {cell}")
+    return steps[cell]
+
+
+def prepare_jax(problem: Problem) -> Run:
+    """Prepare a jitted lax.scan, unrolled four steps, with the product of all inputs hoisted out of it."""
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    shape = problem.shape
+    if problem.dtype not in ("float32", "float64"):
+        raise NotApplicable(f"the JAX peer has no {problem.dtype}")
+    if shape.num_layers != 1 or shape.bidirectional:
+        raise NotApplicable("the JAX peer has one layer in one direction")
+    try:
+        device = jax.devices("gpu" if problem.device == "cuda" else "cpu")[0]
+    except RuntimeError as error:
+        raise DeviceNotAvailable(f"device {problem.device!r} cannot be used: {error}") from error
+    states, step = _jax_step(shape.cell)
+    zero = np.zeros((shape.batch, shape.hidden_size), problem.dtype)
+
+    def forward(params: dict[str, Any], x: Any) -> Any:
+        ax = x @ params["weight_ih_l0"].T + params["bias_ih_l0"]
+        weight, bias = params["weight_hh_l0"], params["bias_hh_l0"]
+        start = zero if states == 1 else (zero, zero)
+        return lax.scan(lambda state, row: step(state, weight, bias, row), start, ax, unroll=4)[1]
+
+    def train(params: dict[str, Any], x: Any, upstream: Any) -> Any:
+        output, pullback = jax.vjp(forward, params, x)
+        return output, *pullback(upstream)
+
+    def loss(params: dict[str, Any], x: Any, labels: Any) -> Any:
+        rnn = {name.removeprefix("rnn."): array for name, array in params.items()}
+        logits = forward(rnn, x)[-1] @ params["readout.weight"].T + params["readout.bias"]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
+
+    def update(params: dict[str, Any], x: Any, labels: Any) -> Any:
+        gradients = jax.grad(loss)(params, x, labels)
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in gradients.values()))
+        rate = LEARNING_RATE * jnp.minimum(1.0, THRESHOLD / norm)
+        return {name: params[name] - rate * gradients[name] for name in params}
+
+    with jax.enable_x64(problem.dtype == "float64"):
+        x, upstream, labels = (jax.device_put(array, device) for array in problem.arrays())
+        source = problem.model().params if problem.scope == "step" else problem.network().params
+        params = jax.device_put({name: np.array(array) for name, array in source.items()}, device)
+        if problem.scope == "step":
+            work, arguments = jax.jit(update), [params, x, labels]
+        elif problem.scope == "training":
+            work, arguments = jax.jit(train), [params, x, upstream]
+        else:
+            work, arguments = jax.jit(forward), [params, x]
+        work = work.lower(*arguments).compile()
+
+    def call() -> Any:
+        done = jax.block_until_ready(work(*arguments))
+        if problem.scope == "step":
+            arguments[0] = done
+        return done
+
+    def result() -> Results:
+        done = jax.block_until_ready(work(params, *arguments[1:]))
+        if problem.scope == "step":
+            named = done
+        elif problem.scope == "training":
+            named = {"output": done[0], **done[1], "x": done[2]}
+        else:
+            named = {"output": done}
+        return {name: np.asarray(array, np.float64) for name, array in named.items()}
+
+    return Run(call, result)
+
+
+# ONNX Runtime -------------------------------------------------------------------------------------------------------
+
+#: Our gate blocks in the order of ONNX, and the operator with its attributes.
+_ONNX: dict[str, tuple[str, list[int], dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", [0], {"activations": ["Tanh"]}),
+    "rnn_relu": ("RNN", [0], {"activations": ["Relu"]}),
+    "rnn_sigmoid": ("RNN", [0], {"activations": ["Sigmoid"]}),
+    "lstm": ("LSTM", [0, 3, 1, 2], {}),
+    "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),
+    "gru_reset_before": ("GRU", [1, 0, 2], {"linear_before_reset": 0}),
+}
+
+
+def prepare_onnxruntime(problem: Problem) -> Run:
+    """Prepare one RNN, LSTM or GRU operator with its weights as initialisers; inference only."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    shape, H = problem.shape, problem.shape.hidden_size
+    if problem.scope != "forward" or problem.dtype != "float32" or problem.device != "cpu":
+        raise NotApplicable("the ONNX Runtime peer does inference in float32 on the CPU")
+    if shape.cell not in _ONNX or shape.num_layers != 1 or shape.bidirectional:
+        raise NotApplicable(f"the ONNX Runtime peer has one layer in one direction and no {shape.cell}")
+    operator, order, attributes = _ONNX[shape.cell]
+
+    def blocks(array: Array) -> Array:
+        return np.concatenate([array[gate * H : (gate + 1) * H] for gate in order])
+
+    params = problem.network().params
+    bias = np.concatenate([blocks(params["bias_ih_l0"]), blocks(params["bias_hh_l0"])])
+    weights = {"W": blocks(params["weight_ih_l0"]), "R": blocks(params["weight_hh_l0"]), "B": bias}
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["X", "W", "R", "B"], ["Y"], hidden_size=H, **attributes)],
+        "peer",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, [shape.steps, shape.batch, shape.input_size])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [shape.steps, 1, shape.batch, H])],
+        [numpy_helper.from_array(array[None], name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = problem.threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = onnxruntime.OrtValue.ortvalue_from_numpy(problem.arrays()[0])
+    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type([shape.steps, 1, shape.batch, H], np.float32)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("X", x)
+    binding.bind_ortvalue_output("Y", y)
+
+    def result() -> Results:
+        session.run_with_iobinding(binding)
+        return {"output": y.numpy()[:, 0].astype(np.float64)}
+
+    return Run(lambda: session.run_with_iobinding(binding), result)
+
+
+#: Peers by name; cudnn is PyTorch's on a GPU, eager and as the replay of a CUDA graph.
+PEERS: dict[str, Peer] = {
+    "torch": Peer("torch", ("cpu",), prepare_torch),
+    "jax": Peer("jax", ("cpu", "cuda"), prepare_jax),
+    "onnxruntime": Peer("onnxruntime", ("cpu",), prepare_onnxruntime),
+    "cudnn": Peer("torch", ("cuda",), prepare_torch),
+    "cudnn_graph": Peer("torch", ("cuda",), partial(prepare_torch, graph=True)),
+}

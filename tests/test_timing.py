@@ -1,0 +1,70 @@
+"""The clockwork: order, pairing, ratios, and limits that no program can pass."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from rnnlab import timing
+
+
+def test_calls_take_turns_in_alternating_order():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    ticks = iter(range(10_000))
+
+    def clock(call):
+        call()
+        order.append("|")
+        return float(next(ticks) + 1)
+
+    times = timing.interleave(calls, seconds=0, rounds=(4, 4), pause=0, clock=clock)
+    assert all(len(seconds) == 4 for seconds in times.values())
+    rounds = "".join(order).split("|")[2:-1]  # after the warm-up of each: an untimed call and a timed one a sample
+    assert rounds == ["aa", "bb", "bb", "aa", "aa", "bb", "bb", "aa"]
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    counts = {"n": 0}
+
+    def call():
+        counts["n"] += 1
+        time.sleep(1e-4)
+
+    times = timing.interleave({"call": call}, seconds=0, rounds=(3, 3), sample=5e-3, pause=0)["call"]
+    assert counts["n"] > 3 * 10  # sleeping 0.1 ms takes 0.1 to 0.3 ms: at least 16 to a sample of 5 ms
+    assert (times >= 1e-4).all()
+    assert np.median(times) < 2e-3
+
+
+def test_ratio_is_paired():
+    ours = np.array([1.0, 2.0, 4.0, 8.0])
+    exact = timing.ratio(ours, 3 * ours)
+    assert (exact.low, exact.median, exact.high) == (3, 3, 3)
+    assert timing.ratio(ours, np.array([1.0, 4.0, 12.0, 32.0])).median == 2.5
+
+
+def test_measured_limits_are_physical():
+    peak = timing.peak_flops("float32")
+    # 1 GHz with one 4-lane FMA pipeline at the least, 6 GHz with two 16-lane ones at the most
+    assert 8e9 <= peak <= 6e9 * 2 * 16 * 2
+    half = timing.peak_flops("float64")
+    assert peak / half == pytest.approx(2, rel=0.3)  # half the lanes; the rest is the machine's noise
+    x = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    product = 2 * 256**3 / min(timing.wall_clock(lambda: x @ x) for _ in range(20))
+    cores = timing.usable_cores()
+    assert product < 1.1 * max(peak, cores * peak)  # BLAS cannot pass it
+    assert 5e8 < timing.bandwidth(megabytes=32) < 1e12
+
+
+def test_pin_wants_an_environment_that_libraries_started_with(monkeypatch):
+    cores = os.sched_getaffinity(0)
+    for name, value in timing.thread_environment(1).items():
+        monkeypatch.setenv(name, value)
+    assert not timing.pin(2)
+    try:
+        assert timing.pin(1)
+        assert timing.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
