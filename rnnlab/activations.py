@@ -127,6 +127,6 @@ def tanh(x):
 
 @scalar
 def relu(x):
-    """Return max(x, 0) and its slope, 0 at x = 0."""
+    """Return max(x, 0) and its slope, 0 at x = 0; NaN stays NaN."""
     zero, one = type(x)(0), type(x)(1)
-    return (x if x > zero else zero), (one if x > zero else zero)
+    return (zero if x <= zero else x), (zero if x <= zero else one)

@@ -10,7 +10,8 @@ unit's own weights on its cell state (empty for all cells but one).
 
 - `step(ax, ah, peephole, state)` returns the new state and `saved`: the local partial derivatives, already multiplied
   out, each named after what it differentiates (`c_i` is ∂c_t/∂a_i, with a_i the pre-activation of gate i).
-- `step_backward(saved, peephole, d_state)` takes dL/dstate_t and returns dL/dax, dL/dah, dL/dpeephole and the part of
+- `step_backward(saved, peephole, d_state)` takes dL/dstate_t, as later steps and the output give it, and returns
+  dL/dax, dL/dah, dL/dpeephole, the total dL/dstate_t (to which c_t adds what it does to h_t), and the part of
   dL/dstate_{t−1} that does not pass through W_hh. It is linear in `d_state`: unit cotangents give the Jacobian.
 
 Everything else (kernels, Jacobians, tests, studies, benchmarks) is built from these pairs.
@@ -26,7 +27,7 @@ __all__ = ["CELLS", "Cell"]
 
 
 def _rnn(activation):
-    """h_t = f(ax + ah): Elman (1990), eq. as in Pascanu, Mikolov & Bengio (2013), eq. 2."""
+    """h_t = f(ax + ah): Elman (1990)."""
 
     @scalar
     def step(ax, ah, peephole, state):
@@ -36,7 +37,7 @@ def _rnn(activation):
     @scalar
     def step_backward(saved, peephole, d_state):
         da = (d_state[0] * saved[0],)
-        return da, da, (), (type(d_state[0])(0),)
+        return da, da, (), d_state, (type(d_state[0])(0),)
 
     return step, step_backward
 
@@ -60,7 +61,7 @@ def _lstm_backward(saved, peephole, d_state):
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_i, dc * c_f, dc * c_g, dh * h_o)
-    return da, da, (), (type(dh)(0), dc * f)
+    return da, da, (), (dh, dc), (type(dh)(0), dc * f)
 
 
 @scalar
@@ -81,7 +82,7 @@ def _lstm_no_forget_backward(saved, peephole, d_state):
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_i, dc * c_g, dh * h_o)
-    return da, da, (), (type(dh)(0), dc)
+    return da, da, (), (dh, dc), (type(dh)(0), dc)
 
 
 @scalar
@@ -107,7 +108,7 @@ def _lstm_peephole_backward(saved, peephole, d_state):
     di, df, dg = dc * c_i, dc * c_f, dc * c_g
     da = (di, df, dg, do)
     dc_old = dc * f + di * peephole[0] + df * peephole[1]
-    return da, da, (di * c_old, df * c_old, do * c), (type(dh)(0), dc_old)
+    return da, da, (di * c_old, df * c_old, do * c), (dh, dc), (type(dh)(0), dc_old)
 
 
 @scalar
@@ -129,7 +130,7 @@ def _lstm_coupled_backward(saved, peephole, d_state):
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_f, dc * c_g, dh * h_o)
-    return da, da, (), (type(dh)(0), dc * f)
+    return da, da, (), (dh, dc), (type(dh)(0), dc * f)
 
 
 @scalar
@@ -149,7 +150,7 @@ def _gru_backward(saved, peephole, d_state):
     dh = d_state[0]
     dn = dh * h_n
     dr, dz = dn * n_r, dh * h_z
-    return (dr, dz, dn), (dr, dz, dn * r), (), (dh * z,)
+    return (dr, dz, dn), (dr, dz, dn * r), (), d_state, (dh * z,)
 
 
 @scalar
@@ -181,7 +182,7 @@ def _gru_reset_before_backward(saved, peephole, d_state):
     h_z, h_n, z = saved
     dh = d_state[0]
     da = (type(dh)(0), dh * h_z, dh * h_n)  # gate r receives its share in phase one
-    return da, da, (), (dh * z,)
+    return da, da, (), d_state, (dh * z,)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,38 @@
-"""Checks of arguments: each error names the argument, what it got and what it takes."""
+"""Checks of arguments, each error naming the argument, what it got and what it takes; and seeds."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["check_array", "check_choice", "check_lengths", "check_positive"]
+__all__ = [
+    "check_array",
+    "check_choice",
+    "check_dtype",
+    "check_flag",
+    "check_lengths",
+    "check_number",
+    "check_positive",
+    "generator",
+]
+
+Array = NDArray[Any]
 
 
-def check_array(name: str, value: Any, shape: tuple[int | str, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def check_array(
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...],
+    dtype: np.dtype[Any],
+    past: Callable[[Array], NDArray[np.bool_]] | None = None,
+) -> Array:
     """Return `value` as a C-contiguous array after checking type, dtype, shape and that every number is finite.
 
-    `shape` gives a number for a fixed dimension and a letter for a free one; a free one may not be 0.
+    `shape` gives a number for a fixed dimension and a letter for a free one; a free one may not be 0. Where `past` of
+    the array is true nothing counts: the result is 0 there. Raises TypeError for type and dtype, else ValueError.
     """
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a numpy array, got {type(value).__name__}")
     if value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {value.dtype}")
@@ -24,6 +42,8 @@ def check_array(name: str, value: Any, shape: tuple[int | str, ...], dtype: np.d
     if not fits:
         wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name} must have shape {wanted} with no empty dimension, got {value.shape}")
+    if past is not None:
+        value = np.where(past(value), dtype.type(0), value)
     if not np.isfinite(value).all():
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
         raise ValueError(f"{name} must be finite, got {value[first]} at index {first}")
@@ -34,7 +54,10 @@ def check_lengths(name: str, value: Any, batch: int, steps: int) -> NDArray[np.i
     """Return sequence lengths as int64 (B,), each in 1…T; None stands for T throughout."""
     if value is None:
         return np.full(batch, steps, np.int64)
-    lengths = np.asarray(value)
+    try:
+        lengths = np.asarray(value)
+    except ValueError:  # a ragged list
+        lengths = np.empty(0, object)
     if lengths.dtype.kind not in "iu" or lengths.shape != (batch,):
         raise ValueError(
             f"{name} must be {batch} integers, one a sequence, got {lengths.dtype} of shape {lengths.shape}"
@@ -42,6 +65,32 @@ def check_lengths(name: str, value: Any, batch: int, steps: int) -> NDArray[np.i
     if lengths.min() < 1 or lengths.max() > steps:
         raise ValueError(f"{name} must lie in 1…{steps}, got {lengths.min()}…{lengths.max()}")
     return lengths.astype(np.int64)
+
+
+def check_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """Return the dtype if it is float32 or float64."""
+    try:
+        known = "" if value is None else np.dtype(value).name
+    except TypeError:
+        known = ""
+    if known not in ("float32", "float64"):
+        raise ValueError(f"{name} must be one of float32, float64, got {value!r}")
+    return np.dtype(known)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """Return `value` if it is a finite number in [low, high)."""
+    number = not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating)
+    if not (number and low <= value < high and np.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}), got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
@@ -56,3 +105,12 @@ def check_positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return int(value)
+
+
+def generator(seed: int | None, purpose: str) -> np.random.Generator:
+    """Return the random numbers that `seed` holds for one purpose; those of different purposes are independent."""
+    if seed is None:
+        return np.random.default_rng()
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be None or an integer of at least 0, got {seed!r}")
+    return np.random.default_rng([int(seed), *purpose.encode()])

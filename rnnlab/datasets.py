@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import check_positive
+from .checks import check_dtype, check_positive, generator
 
 __all__ = ["SAMPLERS", "Dataset", "digit_images", "hourly_temperatures", "sample"]
 
@@ -126,5 +126,6 @@ def sample(
     steps, batch = check_positive("steps", steps), check_positive("batch", batch)
     if name == "hourly_temperatures" and steps >= len(hourly_temperatures().values):
         raise ValueError(f"steps must be below {len(hourly_temperatures().values)} for {name}, got {steps}")
-    x, targets = SAMPLERS[name][0](steps, batch, np.random.default_rng(seed))
+    dtype = check_dtype("dtype", dtype)
+    x, targets = SAMPLERS[name][0](steps, batch, generator(seed, name))
     return np.ascontiguousarray(x, dtype), targets.astype(dtype) if targets.dtype.kind == "f" else targets

@@ -1,6 +1,7 @@
 """Gradient flow: how large dL/dh_t, dL/dc_t and dL/dx_t are at every step, and how fast they decay with the lag."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_choice
+from .checks import check_choice, check_positive
 from .model import SequenceModel
 from .rnn import State
 
@@ -23,8 +24,8 @@ class Decay:
     """How log-norms fall with the lag.
 
     rate: nats per step, the slope of the median log-norm after the transient, with the ends of its bootstrap interval;
-    horizon: the first lag from which on all lags together hold under 1 % of the summed norms (close to the last lag it
-    is a lower bound). All are NaN where fewer than three lags can be fitted.
+    horizon: the first lag from which on all lags together hold under 1 % of the summed norms, infinite where there is
+    none (close to the last lag it is a lower bound). All are NaN where fewer than three lags can be fitted.
     """
 
     rate: float
@@ -64,24 +65,32 @@ class Decay:
 class GradientFlow:
     """Natural logarithms of gradient norms, one number a step and sequence.
 
-    h[k], c[k] (T+1, B): total derivatives dL/dh_t, dL/dc_t of layer-direction k in the slots of `rnn.Trace`;
-    direct[k] (T+1, B): the direct part of dL/dh_t, which does not pass through the layer's own next state; x (T, B):
-    dL/dx_t. −inf is a gradient of exactly zero, NaN lies past the end of a sequence. lengths (B,).
+    h[k], c[k] (T+1, B): total derivatives dL/dh_t, dL/dc_t of layer-direction k, in the slots of `rnn.Trace`; x (T, B):
+    dL/dx_t. direct_h, direct_c, direct_x: the direct part of each, which passes through no later step of the same layer
+    (−inf at slot 0). −inf is a gradient of zero, or one that a single step took out of the range of the dtype; NaN lies
+    past the end of a sequence. lengths (B,).
     """
 
     h: list[Floats]
     c: list[Floats]
-    direct: list[Floats]
     x: Floats
+    direct_h: list[Floats]
+    direct_c: list[Floats]
+    direct_x: Floats
     lengths: NDArray[np.int64]
     directions: int
 
     def by_lag(self, quantity: Literal["h", "c"] = "h", k: int = 0) -> Floats:
-        """Return (B, T+1): each sequence's log-norms by lag, the number of steps back from its last state."""
-        values = {"h": self.h, "c": self.c}[check_choice("quantity", quantity, ("h", "c"))][k]
-        lag = np.arange(len(values))[:, None]
+        """Return (B, T+1): each sequence's log-norms by lag, the number of steps back from its last state.
+
+        NaN where the lag is longer than the sequence. Raises ValueError for a quantity or k that there is not.
+        """
+        values = {"h": self.h, "c": self.c}[check_choice("quantity", quantity, ("h", "c") if self.c else ("h",))]
+        if not isinstance(k, int) or not 0 <= k < len(values):
+            raise ValueError(f"k must be a layer-direction in 0…{len(values) - 1}, got {k!r}")
+        lag = np.arange(len(values[k]))[:, None]
         slot = self.lengths - lag
-        shifted: Floats = np.where(slot >= 0, np.take_along_axis(values, np.maximum(slot, 0), axis=0), np.nan)
+        shifted: Floats = np.where(slot >= 0, np.take_along_axis(values[k], np.maximum(slot, 0), axis=0), np.nan)
         return shifted.T
 
     def decay(self, quantity: Literal["h", "c"] = "h", k: int = 0, **options: Any) -> Decay:
@@ -92,16 +101,15 @@ class GradientFlow:
         """Return one row a step and sequence.
 
         Columns: layer, direction, quantity ("h", "c" or "x"; layer −1 for x), sequence, step (0 is the initial state),
-        lag_steps, log_norm_total_nats, log_norm_direct_nats (NaN for c and x).
+        lag_steps, log_norm_total_nats, log_norm_direct_nats.
         """
         parts = []
-        for k in range(len(self.h)):
-            layer, direction = divmod(k, self.directions)
-            parts.append(self._frame(layer, direction, "h", self.h[k], self.direct[k]))
-            if self.c:
-                parts.append(self._frame(layer, direction, "c", self.c[k], np.full_like(self.c[k], np.nan)))
-        x = np.concatenate([np.full((1, self.x.shape[1]), np.nan), self.x])
-        parts.append(self._frame(-1, 0, "x", x, np.full_like(x, np.nan)))
+        for quantity, totals, directs in (("h", self.h, self.direct_h), ("c", self.c, self.direct_c)):
+            for k, (total, direct) in enumerate(zip(totals, directs, strict=True)):
+                parts.append(self._frame(*divmod(k, self.directions), quantity, total, direct))
+        missing = np.full((1, self.x.shape[1]), np.nan)  # there is no input at slot 0
+        x, direct_x = np.concatenate([missing, self.x]), np.concatenate([missing, self.direct_x])
+        parts.append(self._frame(-1, 0, "x", x, direct_x))
         frame: pd.DataFrame = pd.concat(parts, ignore_index=True)
         return frame
 
@@ -138,30 +146,52 @@ def gradient_flow(
     that of Pascanu, Mikolov & Bengio 2013, eq. 3–5).
 
     The adjoint is rescaled by powers of two as it goes back, so that 100 000 steps neither under- nor overflow in
-    float32, as long as no single step changes it by more than 2^±100. Arguments and errors otherwise as
-    `SequenceModel.loss_and_gradients`; ValueError for a topology that reads its own outputs.
+    float32. Within one step the range of the dtype remains: a RuntimeWarning says when slopes of saturated units fall
+    below its smallest normal number, where their digits are lost; use dtype float64 then. Arguments and errors
+    otherwise as `SequenceModel.loss_and_gradients`; ValueError for a topology that reads its own outputs, and for a
+    network whose states or adjoint overflow.
     """
     every = check_choice("loss_at", loss_at, ("last", "every")) == "every"
-    if model.topology in ("one_to_many", "encoder_decoder"):
+    if model.generates:
         raise ValueError(f"model must have topology one_to_one, many_to_one or many_to_many, got {model.topology}")
-    trace = model.rnn.forward(x, state, lengths)
-    logits = model.read(model.features(trace, every))
-    scored = model.scored(trace, every)
-    targets = model.check_targets(targets, scored)
-    d_logits = model.loss.slope(logits, targets) * scored[..., None]
+    net = model.rnn
+    trace = net.forward(x, state, lengths)
+    features, scored = model.features(trace, every), model.scored(trace, every)
+    logits = model.read(features)
+    d_logits = model.slopes(logits, model.check_targets(targets, scored), scored)
     d_output = model.spread(d_logits @ model.readout["weight"], trace, every)
-    layers, dx, dx_exponent = model.rnn.backpropagate(trace, d_output, scaled=True)
-    past_slot = np.arange(len(d_output) + 1)[:, None] > trace.lengths
-    past_step = past_slot[1:]
-    h, c, direct = [], [], []
-    for layer in layers:
-        norms = [np.where(past_slot, np.nan, log_norm(part, layer.exponent)) for part in layer.state]
-        h.append(norms[0])
-        c.extend(norms[1:])
-        norm = np.where(past_step, np.nan, log_norm(layer.direct, layer.direct_exponent))
-        direct.append(np.concatenate([np.full((1, norm.shape[1]), -np.inf), norm]))
-    x_norm = np.where(past_step, np.nan, log_norm(dx, dx_exponent))
-    return GradientFlow(h, c, direct, x_norm, trace.lengths, model.rnn.directions)
+    layers, dx, dx_exponent = net.backpropagate(trace, d_output, scaled=True)
+    single, direct_dx, direct_dx_exponent = net.direct(trace, layers)
+    if not all(np.isfinite(numbers).all() for numbers in (trace.output, d_output, *(layer.state for layer in layers))):
+        raise ValueError(f"model must have finite states and gradients, those of {net!r} overflow {net.dtype}")
+    if any(_loses_digits(layer.saved) for layer in trace.layers):
+        warnings.warn(f"slopes of saturated units lose digits in {net.dtype}", RuntimeWarning, stacklevel=2)
+    T, B, _ = trace.output.shape
+    past = np.arange(T + 1)[:, None] > trace.lengths
+
+    def slots(values: Array, exponent: NDArray[np.int64] | None, direct: bool) -> Floats:
+        norms = log_norm(values, exponent)
+        if direct:  # of single steps, whose slots 1 are the slots 1…T
+            norms = np.concatenate([np.full((1, B), -np.inf), norms[1].reshape(T, B)])
+        return np.where(past, np.nan, norms)
+
+    states = [[slots(part, layer.exponent, False) for part in layer.state] for layer in layers]
+    directs = [[slots(part, layer.exponent, True) for part in layer.state] for layer in single]
+    return GradientFlow(
+        [kinds[0] for kinds in states],
+        [norms for kinds in states for norms in kinds[1:]],
+        np.where(past[1:], np.nan, log_norm(dx, dx_exponent)),
+        [kinds[0] for kinds in directs],
+        [norms for kinds in directs for norms in kinds[1:]],
+        np.where(past[1:], np.nan, log_norm(direct_dx, direct_dx_exponent)),
+        trace.lengths,
+        net.directions,
+    )
+
+
+def _loses_digits(partials: Array) -> bool:
+    magnitude = np.abs(partials)
+    return bool(((magnitude > 0) & (magnitude < np.finfo(partials.dtype).tiny)).any())
 
 
 def log_norm(values: Array, exponent: NDArray[np.int64] | None = None) -> Floats:
@@ -175,16 +205,21 @@ def log_norm(values: Array, exponent: NDArray[np.int64] | None = None) -> Floats
 
 
 def lag_profile(log_norms: Floats, low: float = 0.1, high: float = 0.9) -> pd.DataFrame:
-    """Return quantiles over the samples of log-norms (samples, lags), relative to the first lag that has a gradient.
+    """Return quantiles over the samples of log-norms (samples, lags), each relative to its own at the first lag.
 
-    Columns: lag_steps, norm_decades (the median, log10), norm_low_decades and norm_high_decades.
+    The first lag is that from which most samples have a gradient. Columns: lag_steps, norm_decades (the median, log10),
+    norm_low_decades and norm_high_decades; over the samples that reach a lag, at least half of them, else NaN.
     """
-    first = int(np.isfinite(log_norms).all(axis=0).argmax())
-    relative = (log_norms[:, first:] - log_norms[:, first : first + 1]) / np.log(10)
-    lows, median, highs = np.quantile(relative, [low, 0.5, high], axis=0, method="nearest")
-    lags = np.arange(first, log_norms.shape[1])
+    first = int((np.isfinite(log_norms).mean(axis=0) >= 0.5).argmax())
+    reference = log_norms[:, first : first + 1]
+    relative = (log_norms[:, first:] - np.where(np.isfinite(reference), reference, np.nan)) / np.log(10)
     return pd.DataFrame(
-        {"lag_steps": lags, "norm_decades": median, "norm_low_decades": lows, "norm_high_decades": highs}
+        {
+            "lag_steps": np.arange(first, log_norms.shape[1]),
+            "norm_decades": _quantile(relative, 0.5),
+            "norm_low_decades": _quantile(relative, low),
+            "norm_high_decades": _quantile(relative, high),
+        }
     )
 
 
@@ -198,27 +233,43 @@ def decay(
 ) -> Decay:
     """Fit the decay of log-norms (samples, lags), lag 0 first, and bootstrap its interval over the samples.
 
-    The fit is least squares through the median over the samples, from lag `transient` on (default: the first fifth is
-    left out: a non-normal W_hh grows before it decays); lags whose median is not finite are left out. Raises ValueError
-    for an array that is not two-dimensional and for options out of range.
+    The fit is least squares through the median over the samples, from lag `transient` on (default: the first fifth of
+    the lags is left out: a non-normal W_hh grows before it decays). NaN stands for a lag that a sample does not have;
+    lags that fewer than half of the samples have, or whose median is not finite, are left out. The interval of a single
+    sample is NaN. Raises ValueError for an array that is not two-dimensional and for options out of range.
     """
     log_norms = np.asarray(log_norms, np.float64)
     if log_norms.ndim != 2 or 0 in log_norms.shape:
         raise ValueError(f"log_norms must have shape (samples, lags), got {log_norms.shape}")
     samples, lags = log_norms.shape
-    start = lags // 5 if transient is None else transient
-    if not 0 <= start < lags:
-        raise ValueError(f"transient must lie in 0…{lags - 1}, got {transient!r}")
-    if not 0 < confidence < 1 or resamples < 1:
-        raise ValueError(f"confidence must lie in (0, 1) and resamples be at least 1, got {confidence}, {resamples}")
-    median = np.median(log_norms, axis=0)
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(samples, size=(resamples if samples > 1 else 1, samples))
-    slopes = [_slope(np.median(log_norms[pick, start:], axis=0)) for pick in picks]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(slopes, [tail, 1 - tail])
+    if transient is not None and (not isinstance(transient, int) or not 0 <= transient < lags):
+        raise ValueError(f"transient must be an integer in 0…{lags - 1}, got {transient!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
+    median = _quantile(log_norms, 0.5)
+    usable = np.flatnonzero(np.isfinite(median))
+    start = transient if transient is not None else (int(usable[-1]) + 1) // 5 if usable.size else 0
     rate = _slope(median[start:])
-    return Decay(rate, float(low), float(high), _horizon(median) if np.isfinite(rate) else float("nan"))
+    low = high = float("nan")
+    if samples > 1 and np.isfinite(rate):
+        rng = np.random.default_rng(seed)
+        picks = rng.integers(samples, size=(check_positive("resamples", resamples), samples))
+        slopes = [_slope(_quantile(log_norms[pick, start:], 0.5)) for pick in picks]
+        low, high = np.nanquantile(slopes, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return Decay(rate, low, high, _horizon(median) if np.isfinite(rate) else float("nan"))
+
+
+def _quantile(values: Floats, q: float) -> Floats:
+    """Return the quantile over axis 0 of what is not NaN; NaN where that is less than half. Takes −inf as a number."""
+    ordered = np.sort(values, axis=0)  # NaN last
+    count = (~np.isnan(ordered)).sum(axis=0)
+    position = q * np.maximum(count - 1, 0)
+    columns, below = np.arange(values.shape[1]), np.floor(position).astype(np.int64)
+    a, b = ordered[below, columns], ordered[np.ceil(position).astype(np.int64), columns]
+    with np.errstate(invalid="ignore"):
+        between = np.where(a == b, a, a + (position - below) * (b - a))
+    result: Floats = np.where(2 * count >= len(values), between, np.nan)
+    return result
 
 
 def _half_life(rate: float) -> float:
@@ -235,9 +286,8 @@ def _slope(values: Floats) -> float:
 
 
 def _horizon(values: Floats) -> float:
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
-        return float("nan")
-    share = np.exp(np.nan_to_num(values, nan=-np.inf) - finite.max())
+    values = np.where(np.isfinite(values), values, -np.inf)
+    share = np.exp(values - values.max())
     remaining = share[::-1].cumsum()[::-1] / share.sum()
-    return float((remaining >= 0.01).sum())
+    horizon = int((remaining >= 0.01).sum())
+    return float(horizon) if horizon < len(values) else math.inf

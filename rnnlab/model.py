@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_softmax, softmax
 
-from .checks import check_array, check_choice, check_lengths, check_positive
+from .checks import check_array, check_choice, check_flag, check_lengths, check_positive, generator
 from .params import Params
 from .rnn import Gradients, Recurrent, State, Trace
 
@@ -23,8 +23,8 @@ TOPOLOGIES = ("one_to_one", "one_to_many", "many_to_one", "many_to_many", "encod
 class Loss(NamedTuple):
     """A loss with the output function g that belongs to it; O outputs are the last axis.
 
-    activation: logits → outputs; activation_backward: (outputs, dL/doutputs) → dL/dlogits; value: (logits, targets) →
-    loss of each prediction; slope: (logits, targets) → its derivative by the logits.
+    activation: logits → outputs; activation_backward: (logits, dL/doutputs) → dL/dlogits; value: (logits, targets) →
+    loss of each prediction; slope: (logits, targets) → its derivative by the logits. None cancels in its tails.
     """
 
     activation: Callable[[Array], Array]
@@ -53,13 +53,27 @@ def _sigmoid(logits: Array) -> Array:
     return probabilities
 
 
+def _cross_entropy_slope(logits: Array, targets: Array) -> Array:
+    """Softmax less one at the target, there as minus the sum of the others."""
+    slope, at = _softmax(logits), targets[..., None]
+    np.put_along_axis(slope, at, 0, axis=-1)
+    np.put_along_axis(slope, at, -slope.sum(axis=-1, keepdims=True), axis=-1)
+    return slope
+
+
+def _softmax_backward(logits: Array, d_outputs: Array) -> Array:
+    p = _softmax(logits)
+    d_logits: Array = p * (d_outputs - (p * d_outputs).sum(axis=-1, keepdims=True))
+    return d_logits
+
+
 #: Losses by name; mse and bce are means over the O outputs, as PyTorch's.
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(
         _softmax,
-        lambda p, dp: p * (dp - (p * dp).sum(axis=-1, keepdims=True)),
+        _softmax_backward,
         _cross_entropy,
-        lambda y, targets: _softmax(y) - _one_hot(targets, y.shape[-1], y.dtype),
+        _cross_entropy_slope,
     ),
     "mse": Loss(
         lambda y: y,
@@ -69,9 +83,9 @@ LOSSES: dict[str, Loss] = {
     ),
     "bce": Loss(
         _sigmoid,
-        lambda p, dp: p * (1 - p) * dp,
-        lambda y, targets: (np.logaddexp(0, y) - targets * y).mean(axis=-1),
-        lambda y, targets: (_sigmoid(y) - targets) / y.dtype.type(y.shape[-1]),
+        lambda y, dp: _sigmoid(y) * _sigmoid(-y) * dp,
+        lambda y, targets: (targets * np.logaddexp(0, -y) + (1 - targets) * np.logaddexp(0, y)).mean(axis=-1),
+        lambda y, targets: ((1 - targets) * _sigmoid(y) - targets * _sigmoid(-y)) / y.dtype.type(y.shape[-1]),
     ),
 }
 
@@ -105,9 +119,11 @@ class SequenceModel:
       reads its own outputs: targets (T', B, …).
 
     `teacher_forcing` feeds the targets back in place of the outputs. `params` has the names `rnn.…`, `decoder.…`,
-    `readout.weight` (O, D·H) and `readout.bias` (O,), in one flat buffer. Readout and decoder are drawn from `seed`.
+    `readout.weight` (O, D·H) and `readout.bias` (O,), in one flat buffer, into which the parameters of `rnn` move:
+    arrays that were taken from `rnn.params` before are left behind. Readout and decoder are drawn from `seed`.
 
-    Raises ValueError for unknown names, sizes that do not fit and a bidirectional network that would read its outputs.
+    Raises TypeError for what is no network; ValueError for unknown names, sizes that do not fit, an option that the
+    topology would ignore, a bidirectional network that would read its outputs, and one that belongs to another model.
     """
 
     def __init__(
@@ -120,15 +136,21 @@ class SequenceModel:
         teacher_forcing: bool = False,
         seed: int | None = None,
     ) -> None:
+        if not isinstance(rnn, Recurrent):
+            raise TypeError(f"rnn must be a Recurrent network, got {type(rnn).__name__}")
         self.rnn = rnn
         self.output_size = check_positive("output_size", output_size)
         self.topology = check_choice("topology", topology, TOPOLOGIES)
         self.loss_name = check_choice("loss", loss, LOSSES)
-        self.loss = LOSSES[loss]
-        self.teacher_forcing = teacher_forcing
+        self.teacher_forcing = check_flag("teacher_forcing", teacher_forcing)
         self.decoder: Recurrent | None = None
-        if topology in ("one_to_many", "encoder_decoder") and rnn.bidirectional:
+        self.generates = topology in ("one_to_many", "encoder_decoder")
+        if self.generates and rnn.bidirectional:
             raise ValueError(f"topology {topology} reads its own outputs and takes no bidirectional rnn")
+        if teacher_forcing and not self.generates:
+            raise ValueError(f"teacher_forcing needs one_to_many or encoder_decoder, got topology {topology}")
+        if loss == "cross_entropy" and output_size < 2:
+            raise ValueError(f"output_size must be at least 2 classes for cross_entropy, got {output_size}")
         if topology == "one_to_many" and rnn.input_size != output_size:
             raise ValueError(f"output_size must equal the rnn's input_size {rnn.input_size}, got {output_size}")
         if topology == "encoder_decoder":
@@ -140,25 +162,44 @@ class SequenceModel:
                 bias=rnn.bias,
                 dropout=rnn.dropout,
                 dtype=rnn.dtype,
-                seed=seed,
+                seed=int(generator(seed, "decoder").integers(2**63)),
             )
         features = rnn.hidden_size * rnn.directions
         self.readout = Params({"weight": (output_size, features), "bias": (output_size,)}, rnn.dtype)
-        self.readout.flat[...] = np.random.default_rng(seed).uniform(-1, 1, self.readout.flat.size) / np.sqrt(features)
-        parts = {"rnn": rnn.params} | ({"decoder": self.decoder.params} if self.decoder else {})
+        bound = 1 / np.sqrt(features)
+        self.readout.flat[...] = generator(seed, "readout").uniform(-bound, bound, self.readout.flat.size)
+        self._join()
+
+    def _join(self) -> None:
+        parts = {"rnn": self.rnn.params} | ({"decoder": self.decoder.params} if self.decoder else {})
         self.params = Params.join(parts | {"readout": self.readout})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._join()  # the parts of a copy have buffers of their own
+
+    @property
+    def loss(self) -> Loss:
+        """The loss and its output function."""
+        return LOSSES[self.loss_name]
 
     # Forward and backward -------------------------------------------------------------------------------------------
 
     def predict(
         self, x: Array, lengths: Any = None, *, steps: int | None = None, state: State | None = None
     ) -> tuple[Array, State]:
-        """Return the outputs g(y) and the last state; `steps` says how many outputs a generating topology makes."""
-        trace = self.rnn.forward(x, state, lengths, keep=False)
-        if self.topology in ("one_to_many", "encoder_decoder"):
-            steps = check_positive("steps", steps)
-            run = self._generate(x, trace, state, steps)
+        """Return the outputs g(y), shaped (B, O) or (T, B, O) as the topology has them, and the last state.
+
+        `steps` is the number of outputs of one_to_many and encoder_decoder, and of them alone. Otherwise arguments and
+        errors are those of `Recurrent.forward`.
+        """
+        if self.generates:
+            start, _ = self._start(x, lengths, state, False)
+            run = self._generate(*start, check_positive("steps", steps), keep=False)
             return self.loss.activation(np.concatenate([self.read(part.output) for part in run])), run[-1].final
+        if steps is not None:
+            raise ValueError(f"steps belongs to one_to_many and encoder_decoder, got it for {self.topology}")
+        trace = self.rnn.forward(x, state, lengths, keep=False)
         return self.loss.activation(self.read(self.features(trace, self.topology == "many_to_many"))), trace.final
 
     def loss_and_gradients(
@@ -175,38 +216,41 @@ class SequenceModel:
 
         `lengths` (B,) are the lengths of the inputs; in many_to_many predictions past them are not scored.
         `target_lengths` (B,) are the lengths of the targets of a generating topology. `state` is carried in (zeros
-        where None). Raises as `Recurrent.forward`, and ValueError for targets that do not fit.
+        where None). The loss and gradients of a network that has diverged are not finite. Raises as
+        `Recurrent.forward`, and ValueError for targets that do not fit.
         """
-        if self.topology in ("one_to_many", "encoder_decoder"):
+        if self.generates:
             return self._generating_gradients(x, targets, lengths, target_lengths, state, training)
         if target_lengths is not None:
             raise ValueError(f"target_lengths belongs to one_to_many and encoder_decoder, got it for {self.topology}")
         trace = self.rnn.forward(x, state, lengths, training=training)
         every = self.topology == "many_to_many"
-        features = self.features(trace, every)
+        features, scored = self.features(trace, every), self.scored(trace, every)
         logits = self.read(features)
-        scored = self.scored(trace, every)
-        targets = self.check_targets(targets, scored)
-        weight = scored / scored.sum()
-        loss = float((self.loss.value(logits, targets) * weight).sum())
-        d_logits = self.loss.slope(logits, targets) * weight[..., None].astype(logits.dtype)
-        d_output = self.spread(d_logits @ self.readout["weight"], trace, every)
-        gradients = self.rnn.backward(trace, d_output)
+        loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
+        gradients = self.rnn.gradients(trace, self.spread(d_logits @ self.readout["weight"], trace, every))
         params = self.params.like()
         self._put(params, "rnn", gradients.params)
-        self._add_readout(params, features, d_logits)
+        self._put_readout(params, features, d_logits)
         outputs = self.loss.activation(logits)
         return LossGradients(loss, outputs, params, gradients.x, {"rnn": gradients}, trace.final)
 
     def truncated(self, x: Array, targets: Array, window: int, state: State | None = None) -> Iterator[LossGradients]:
-        """Truncated BPTT: yield the loss and gradients of one window of steps after the other.
+        """Truncated BPTT: return the loss and gradients of one window of steps after the other.
 
         The state is carried from window to window, the gradient is cut between them (Williams & Peng 1990). Parameters
-        may be updated between windows. For many_to_many and sequences of equal length.
+        may be updated between windows. For many_to_many, one direction, and sequences of equal length: raises
+        ValueError for others, before the first window.
         """
         if self.topology != "many_to_many":
             raise ValueError(f"truncated needs topology many_to_many, got {self.topology}")
-        window = check_positive("window", window)
+        if self.rnn.bidirectional:
+            raise ValueError("truncated needs states that are carried forward, got a bidirectional rnn")
+        x = check_array("x", x, ("T", "B", self.rnn.input_size), self.rnn.dtype)
+        targets = self.check_targets(targets, np.ones(x.shape[:2], np.bool_))
+        return self._windows(x, targets, check_positive("window", window), state)
+
+    def _windows(self, x: Array, targets: Array, window: int, state: State | None) -> Iterator[LossGradients]:
         for start in range(0, len(x), window):
             part = self.loss_and_gradients(x[start : start + window], targets[start : start + window], state=state)
             state = part.final
@@ -257,100 +301,130 @@ class SequenceModel:
             return targets
         if not isinstance(targets, np.ndarray) or targets.shape != (*shape, self.output_size):
             raise ValueError(f"targets must have shape {(*shape, self.output_size)}, got {_describe(targets)}")
-        targets = np.where(scored[..., None], targets, targets.dtype.type(0))
-        targets = check_array("targets", targets, (*shape, self.output_size), self.rnn.dtype)
+        past = ~scored[..., None]
+        targets = check_array("targets", targets, (*shape, self.output_size), self.rnn.dtype, past=lambda _: past)
         if self.loss_name == "bce" and (targets.min() < 0 or targets.max() > 1):
             raise ValueError(f"targets must lie in [0, 1] for bce, got {targets.min()}…{targets.max()}")
         return targets
 
-    def _add_readout(self, params: Params, features: Array, d_logits: Array) -> None:
+    def slopes(self, logits: Array, targets: Array, scored: NDArray[np.bool_]) -> Array:
+        """Return the derivative of the sum of all scored losses by the logits."""
+        return self.loss.slope(logits, targets) * scored[..., None]
+
+    def _mean(self, logits: Array, targets: Array, scored: NDArray[np.bool_]) -> tuple[float, Array]:
+        """Return the mean of all scored losses and its derivative by the logits."""
+        count = logits.dtype.type(scored.sum())
+        loss = float(np.where(scored, self.loss.value(logits, targets), 0).sum() / count)
+        return loss, self.slopes(logits, targets, scored) / count
+
+    def _put_readout(self, params: Params, features: Array, d_logits: Array) -> None:
         flat = d_logits.reshape(-1, self.output_size)
-        params["readout.weight"][...] += flat.T @ features.reshape(len(flat), -1)
-        params["readout.bias"][...] += flat.sum(axis=0)
+        params["readout.weight"][...] = flat.T @ features.reshape(len(flat), -1)
+        params["readout.bias"][...] = flat.sum(axis=0)
 
     @staticmethod
     def _put(params: Params, part: str, gradients: Params) -> None:
         for name, gradient in gradients.items():
-            params[f"{part}.{name}"][...] += gradient
+            params[f"{part}.{name}"][...] = gradient
 
     # Topologies that read their own outputs --------------------------------------------------------------------------
 
+    def _start(
+        self, x: Array, lengths: Any, state: State | None, training: bool
+    ) -> tuple[tuple[Recurrent, Array, State | None], Trace | None]:
+        """Return the network that generates, its first input and its first state; and the trace of an encoder."""
+        if self.decoder is None:
+            if isinstance(x, np.ndarray) and x.ndim == 3 and x.shape[0] != 1:
+                raise ValueError(f"x must have one step for topology one_to_many, got {x.shape[0]}")
+            check_array("x", x, (1, "B", self.rnn.input_size), self.rnn.dtype)
+            if lengths is not None:
+                raise ValueError("lengths belongs to topologies with several inputs, got it for one_to_many")
+            return (self.rnn, x, state), None
+        trace = self.rnn.forward(x, state, lengths, training=training)
+        return (self.decoder, np.zeros((1, x.shape[1], self.output_size), self.rnn.dtype), trace.final), trace
+
     def _generate(
         self,
-        x: Array,
-        trace: Trace,
+        network: Recurrent,
+        source: Array,
         state: State | None,
         steps: int,
-        targets: Array | None = None,
+        *,
         training: bool = False,
+        keep: bool = True,
     ) -> list[Trace]:
-        """Run step by step, each reading the output of the one before, one trace a step; given targets, all in one."""
-        B = x.shape[1]
-        network, source, carried = self.rnn, x, state
-        if self.decoder is not None:
-            network, carried = self.decoder, trace.final
-            source = np.zeros((1, B, self.output_size), self.rnn.dtype)
-        elif x.shape[0] != 1:
-            raise ValueError(f"x must have one step for topology one_to_many, got {x.shape[0]}")
-        if targets is not None:
-            fed = targets[:-1]
-            if self.loss_name == "cross_entropy":
-                fed = _one_hot(fed, self.output_size, self.rnn.dtype)
-            return [network.forward(np.concatenate([source, fed]), carried, training=training)]
+        """Run step by step, each reading the output of the one before; one trace a step."""
         run: list[Trace] = []
         for _ in range(steps):
-            run.append(network.forward(source, carried, training=training))
-            carried = run[-1].final
+            run.append(network.forward(source, state, training=training, keep=keep))
+            state = run[-1].final
             source = self.loss.activation(self.read(run[-1].output))
         return run
 
     def _generating_gradients(
         self, x: Array, targets: Array, lengths: Any, target_lengths: Any, state: State | None, training: bool
     ) -> LossGradients:
-        trace = self.rnn.forward(x, state, lengths, training=training)
+        (network, source, carried), trace = self._start(x, lengths, state, training)
         if not isinstance(targets, np.ndarray) or targets.ndim < 2 or targets.shape[0] < 1:
             raise ValueError(f"targets must have shape (T', {x.shape[1]}, …), got {_describe(targets)}")
         steps, B = targets.shape[0], x.shape[1]
-        scored = np.arange(steps)[:, None] < check_lengths("target_lengths", target_lengths, B, steps)
+        ends = check_lengths("target_lengths", target_lengths, B, steps)
+        scored = np.arange(steps)[:, None] < ends
         targets = self.check_targets(targets, scored)
-        run = self._generate(x, trace, state, steps, targets if self.teacher_forcing else None, training)
+        if self.teacher_forcing:
+            fed = targets[:-1]
+            if self.loss_name == "cross_entropy":
+                fed = _one_hot(fed, self.output_size, self.rnn.dtype)
+            run = [network.forward(np.concatenate([source, fed]), carried, training=training)]
+        else:
+            run = self._generate(network, source, carried, steps, training=training)
         logits = np.concatenate([self.read(part.output) for part in run])
-        outputs = self.loss.activation(logits)
-        weight = scored / scored.sum()
-        loss = float((self.loss.value(logits, targets) * weight).sum())
-        d_logits = self.loss.slope(logits, targets) * weight[..., None].astype(logits.dtype)
-        params, network, name = self.params.like(), self.decoder or self.rnn, "decoder" if self.decoder else "rnn"
+        loss, d_logits = self._mean(logits, targets, scored)
         parts: list[Gradients] = []
         d_final: State | None = None
         for piece in reversed(run):
             stop = steps - sum(len(part.x) for part in parts)
-            span = slice(stop - len(piece.output), stop)
             if parts:  # the output was the next input
-                d_logits[stop - 1] += self.loss.activation_backward(outputs[stop - 1], parts[0].x[0])
-            parts.insert(0, network.backward(piece, d_logits[span] @ self.readout["weight"], d_final))
+                d_logits[stop - 1] += self.loss.activation_backward(logits[stop - 1], parts[0].x[0])
+            d_output = d_logits[stop - len(piece.output) : stop] @ self.readout["weight"]
+            parts.insert(0, network.gradients(piece, d_output, d_final))
             d_final = parts[0].state
-            self._put(params, name, parts[0].params)
-            self._add_readout(params, piece.output, d_logits[span])
+        name = "rnn" if trace is None else "decoder"
         recurrent = {name: _concatenate(parts)}
-        dx = parts[0].x[:1]
-        if self.decoder is not None:
-            recurrent["rnn"] = self.rnn.backward(trace, np.zeros_like(trace.output), d_final)
-            self._put(params, "rnn", recurrent["rnn"].params)
-            dx = recurrent["rnn"].x
-        return LossGradients(loss, outputs, params, dx, recurrent, run[-1].final)
+        if trace is not None:
+            recurrent["rnn"] = self.rnn.gradients(trace, np.zeros_like(trace.output), d_final)
+        params = self.params.like()
+        for part, gradients in recurrent.items():
+            self._put(params, part, gradients.params)
+        self._put_readout(params, np.concatenate([piece.output for piece in run]), d_logits)
+        dx = recurrent["rnn"].x[: len(x)]  # beyond are outputs or targets that were fed back
+        final = _state_at(run, ends)
+        return LossGradients(loss, self.loss.activation(logits), params, dx, recurrent, final)
 
 
-def _concatenate(steps: list[Gradients]) -> Gradients:
+def _state_at(run: list[Trace], ends: NDArray[np.int64]) -> State:
+    """Return the state of each sequence after its last step, of traces that follow each other."""
+    batch = np.arange(len(ends))
+
+    def pick(kinds: list[list[Array]]) -> Array:
+        slots = [np.concatenate([kinds[0][k], *(later[k][1:] for later in kinds[1:])]) for k in range(len(kinds[0]))]
+        return np.stack([values[ends, batch] for values in slots])
+
+    h = pick([trace.h for trace in run])
+    return (h, pick([trace.c for trace in run])) if run[0].c else h
+
+
+def _concatenate(parts: list[Gradients]) -> Gradients:
     """Join the gradients of consecutive pieces; slot 0 of a piece is the last of the one before, less its output."""
-    params = steps[0].params.like()
-    for step in steps:
-        params.flat += step.params.flat
+    params = parts[0].params.like()
+    for part in parts:
+        params.flat += part.params.flat
 
     def join(kind: str) -> list[Array]:
-        slots = [getattr(step, kind) for step in steps]
+        slots = [getattr(part, kind) for part in parts]
         return [np.concatenate([slots[0][k][:1], *(slot[k][1:] for slot in slots)]) for k in range(len(slots[0]))]
 
-    return Gradients(params, np.concatenate([step.x for step in steps]), join("h"), join("c"), steps[0].state)
+    return Gradients(params, np.concatenate([part.x for part in parts]), join("h"), join("c"), parts[0].state)
 
 
 def _describe(value: Any) -> str:

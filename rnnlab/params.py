@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cells import Cell
-from .checks import check_array, check_choice
+from .checks import check_array, check_choice, check_number, check_positive
 
 __all__ = ["INITIALISERS", "Params", "initialise", "layer_shapes"]
 
@@ -28,6 +28,13 @@ class Params(Mapping[str, Array]):
         self.flat: Array = np.zeros(sum(sizes), dtype)
         blocks = np.split(self.flat, np.cumsum(sizes)[:-1])
         self._arrays = {name: block.reshape(shapes[name]) for name, block in zip(shapes, blocks, strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shapes": {name: array.shape for name, array in self.items()}, "flat": self.flat.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["shapes"], state["flat"].dtype)  # type: ignore[misc]
+        self.flat[...] = state["flat"]  # a copy is views of one buffer again
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
@@ -49,7 +56,12 @@ class Params(Mapping[str, Array]):
 
     @classmethod
     def join(cls, parts: Mapping[str, "Params"]) -> "Params":
-        """Return one `Params` with names `part.name`; the parts move into its buffer and stay in step with it."""
+        """Return one `Params` with names `part.name`; the parts move into its buffer and stay in step with it.
+
+        Raises ValueError for a part that lives in another buffer already, which it would leave behind.
+        """
+        if taken := [part for part, params in parts.items() if params.flat.base is not None]:
+            raise ValueError(f"{taken[0]} already belongs to a model; build a new one for this")
         shapes = {f"{part}.{name}": array.shape for part, params in parts.items() for name, array in params.items()}
         joined = cls(shapes, next(iter(parts.values())).flat.dtype)
         start = 0
@@ -115,7 +127,7 @@ def gaussian(rng: np.random.Generator, rows: int, columns: int, hidden_size: int
 
 
 def sparse(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) -> Array:
-    """15 non-zeros a unit from N(0, 0.01²), a square matrix rescaled to spectral radius 0.95.
+    """15 non-zeros a unit from N(0, 0.01²); W_hh is then rescaled to spectral radius 0.95.
 
     The "smart tanh" of Pascanu, Mikolov & Bengio (2013), sec. 4.1.
     """
@@ -123,8 +135,6 @@ def sparse(rng: np.random.Generator, rows: int, columns: int, hidden_size: int) 
     keep = min(15, columns)
     for row in weight:
         row[rng.permutation(columns)[keep:]] = 0
-    if rows == columns:
-        weight *= 0.95 / np.abs(np.linalg.eigvals(weight)).max()
     return weight
 
 
@@ -155,15 +165,17 @@ def initialise(
     check_choice("recurrent", recurrent, INITIALISERS)
     check_choice("input", input, INITIALISERS)
     check_choice("bias", bias, ("uniform", "zeros"))
-    if not np.isfinite(gain) or gain <= 0:
-        raise ValueError(f"gain must be finite and above 0, got {gain!r}")
+    if check_number("gain", gain, 0, math.inf) == 0:
+        raise ValueError(f"gain must be above 0, got {gain!r}; for zero weights use the initialiser zeros")
+    if forget_bias is not None:
+        check_number("forget_bias", forget_bias, -math.inf, math.inf)
     keeps = next((gate for gate in cell.gates if gate in "fz"), None)
     for name, value in (("forget_bias", forget_bias), ("chrono", chrono)):
         if value is not None and (keeps is None or "bias_ih" not in layers[0]):
             raise ValueError(f"{name} needs a cell with a forget or update gate and biases, got {cell.name!r}")
     if forget_bias is not None and chrono is not None:
         raise ValueError("forget_bias and chrono set the same bias: give one of them")
-    if chrono is not None and chrono < 3:
+    if chrono is not None and check_positive("chrono", chrono) < 3:
         raise ValueError(f"chrono must be a longest dependency of at least 3 steps, got {chrono!r}")
     for layer in layers:
         hidden_size = layer["weight_hh"].shape[1]
@@ -171,7 +183,10 @@ def initialise(
             blocks = array.reshape(-1, hidden_size, *array.shape[1:])
             for block in blocks:
                 if name == "weight_hh":
-                    block[...] = gain * INITIALISERS[recurrent](rng, hidden_size, hidden_size, hidden_size)
+                    drawn = INITIALISERS[recurrent](rng, hidden_size, hidden_size, hidden_size)
+                    if recurrent == "sparse":
+                        drawn *= 0.95 / np.abs(np.linalg.eigvals(drawn)).max()
+                    block[...] = gain * drawn
                 elif name == "weight_ih":
                     block[...] = INITIALISERS[input](rng, hidden_size, block.shape[1], hidden_size)
                 else:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import generator
 from .costs import Shape
 from .kernels import DeviceNotAvailable
 from .model import SequenceModel
@@ -80,7 +81,7 @@ class Problem:
     def arrays(self, dtype: str | None = None) -> tuple[Array, Array, Array]:
         """Return x (T, B, I), the upstream gradient (T, B, D·H) and labels (B,), all random."""
         shape, dtype = self.shape, dtype or self.storage
-        rng = np.random.default_rng(self.seed + 1)
+        rng = generator(self.seed, "inputs")
         width = shape.hidden_size * (2 if shape.bidirectional else 1)
         x = rng.normal(size=(shape.steps, shape.batch, shape.input_size)).astype(np.float32).astype(dtype)
         upstream = rng.normal(size=(shape.steps, shape.batch, width)).astype(np.float32).astype(dtype)

@@ -8,7 +8,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import params as parameters
 from .cells import CELLS
-from .checks import check_array, check_choice, check_lengths, check_positive
+from .checks import (
+    check_array,
+    check_choice,
+    check_dtype,
+    check_flag,
+    check_lengths,
+    check_number,
+    check_positive,
+    generator,
+)
 from .kernels import LayerGradients, LayerTrace, LayerWeights, backend
 from .params import Params
 
@@ -24,7 +33,8 @@ class Trace:
 
     output (T, B, D·H), zero past the end of a sequence; h[k], and c[k] for cells with a cell state, (T+1, B, H): slot 0
     the initial state, slot s the state after s processed steps (a reverse direction begins with the last element of
-    each sequence), held past its end; final: the last state, (L·D, B, H), or the pair (h, c) of them.
+    each sequence), held past its end; final: the last state, (L·D, B, H), or the pair (h, c) of them. `backward` reads
+    the trace, x and the parameters: change none of them in between.
     """
 
     output: Array
@@ -34,6 +44,7 @@ class Trace:
     layers: list[LayerTrace]
     lengths: NDArray[np.int64]
     masks: list[Array | None]
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,9 @@ class Recurrent:
         self.input_size = check_positive("input_size", input_size)
         self.hidden_size = check_positive("hidden_size", hidden_size)
         self.num_layers = check_positive("num_layers", num_layers)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}")
-        self.bias, self.bidirectional, self.dropout = bool(bias), bool(bidirectional), float(dropout)
-        self.dtype = np.dtype(check_choice("dtype", np.dtype(dtype).name, ("float32", "float64")))
+        self.bias, self.bidirectional = check_flag("bias", bias), check_flag("bidirectional", bidirectional)
+        self.dropout = check_number("dropout", dropout, 0, 1)
+        self.dtype = check_dtype("dtype", dtype)
         self.directions = 2 if bidirectional else 1
         self._names: list[dict[str, str]] = []
         shapes: dict[str, tuple[int, ...]] = {}
@@ -93,14 +103,13 @@ class Recurrent:
             self._names.append({name: name + suffix for name in one})
             shapes |= {name + suffix: shape for name, shape in one.items()}
         self.params = Params(shapes, self.dtype)
-        self._dropout_rng = np.random.default_rng(seed).spawn(1)[0]
+        self._dropout_rng = generator(seed, "dropout")
         self.initialise(seed=seed)
 
     def __repr__(self) -> str:
-        extra = "".join(f", {name}=True" for name in ("bidirectional",) if getattr(self, name))
         return (
-            f"Recurrent({self.cell.name!r}, {self.input_size}, {self.hidden_size}, "
-            f"num_layers={self.num_layers}{extra}, dtype={self.dtype.name!r})"
+            f"Recurrent({self.cell.name!r}, {self.input_size}, {self.hidden_size}, {self.num_layers}, "
+            f"bias={self.bias}, bidirectional={self.bidirectional}, dropout={self.dropout}, dtype={self.dtype.name!r})"
         )
 
     def initialise(
@@ -133,7 +142,7 @@ class Recurrent:
             gain=gain,
             forget_bias=forget_bias,
             chrono=chrono,
-            rng=np.random.default_rng(seed),
+            rng=generator(seed, "weights"),
         )
 
     def forward(
@@ -152,9 +161,9 @@ class Recurrent:
 
         Raises TypeError for another dtype; ValueError for another shape, an empty sequence or numbers not finite.
         """
-        if lengths is not None and isinstance(x, np.ndarray) and x.ndim == 3:
-            x = _zero_past_end(x, check_lengths("lengths", lengths, x.shape[1], x.shape[0]))
-        x = check_array("x", x, ("T", "B", self.input_size), self.dtype)
+        x = check_array(
+            "x", x, ("T", "B", self.input_size), self.dtype, past=lambda x: _past_end("lengths", lengths, x)
+        )
         T, B, _ = x.shape
         steps = check_lengths("lengths", lengths, B, T)
         initial = self._stack_state("state", state, B)
@@ -176,12 +185,14 @@ class Recurrent:
                 weights = self._weights(k)
                 trace = backend("cpu").forward(self.cell, source, weights, initial[:, k], steps, keep)
                 layers.append(trace)
-                h = trace.state[0, 1:] if lengths is None else _zero_past_end(trace.state[0, 1:], steps)
+                h = trace.state[0, 1:]
+                if lengths is not None:
+                    h = np.where(_past_end("lengths", steps, h), self.dtype.type(0), h)
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
         final = self._unstack_state(np.stack([[slots[T] for slots in kind] for kind in states]))
-        return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks)
+        return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks, keep)
 
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
         """Backpropagate through time from dL/doutput (T, B, D·H) and dL/dfinal (zeros where None).
@@ -189,6 +200,14 @@ class Recurrent:
         `d_output` past the end of a sequence is ignored. Raises as `forward`; ValueError for a trace made with
         keep=False.
         """
+        self._check_trace(trace)
+        shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
+        past = _past_end("lengths", trace.lengths, trace.output)
+        d_output = check_array("d_output", d_output, shape, self.dtype, past=lambda _: past)
+        return self.gradients(trace, d_output, d_final)
+
+    def gradients(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
+        """Do what `backward` does for a trace and a `d_output` of its own, unchecked: a diverged network has NaN."""
         layers, dx, _ = self.backpropagate(trace, d_output, d_final)
         gradients = self.params.like()
         for names, layer in zip(self._names, layers, strict=True):
@@ -204,12 +223,10 @@ class Recurrent:
     ) -> tuple[list[LayerGradients], Array, NDArray[np.int64] | None]:
         """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
 
-        With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`).
+        With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). Nothing
+        is checked: this is what `gradients` and gradient analysis stand on.
         """
         T, B, _ = trace.output.shape
-        d_output = check_array("d_output", d_output, (T, B, self.directions * self.hidden_size), self.dtype)
-        if trace.layers[0].saved.shape[0] != T:
-            raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
         d_last = self._stack_state("d_final", d_final, B)
         exponent = np.zeros((T, B), np.int64) if scaled else None
         H = self.hidden_size
@@ -235,16 +252,50 @@ class Recurrent:
                 d_output = d_output * mask
         return gradients, d_output, exponent
 
+    def direct(
+        self, trace: Trace, layers: list[LayerGradients]
+    ) -> tuple[list[LayerGradients], Array, NDArray[np.int64]]:
+        """Return the direct part of what `backpropagate(…, scaled=True)` gave: through no later step of the same layer.
+
+        For each layer-direction the gradients of single steps (see `kernels.cpu.direct`); dL/dx (T, B, I) of the first
+        layer and its exponents (T, B).
+        """
+        T, B, _ = trace.output.shape
+        single = []
+        for k, layer in enumerate(layers):
+            one = backend("cpu").direct(self.cell, trace.layers[k], self._weights(k), layer.direct)
+            assert layer.direct_exponent is not None
+            single.append(one._replace(exponent=one.exponent + layer.direct_exponent.reshape(-1)))
+        slots = [np.concatenate([one.exponent[:1, :B], one.exponent[1].reshape(T, B)]) for one in single]
+        first = [
+            one._replace(x=one.x.reshape(T, B, -1), exponent=exponent)
+            for one, exponent in zip(single[: self.directions], slots, strict=False)
+        ]
+        dx, exponent = _sum_directions(first, trace.lengths)
+        assert exponent is not None
+        return single, dx, exponent
+
     def jacobian(self, trace: Trace, t: int, k: int = 0) -> Array:
         """Return ∂state_{t+1}/∂state_t of layer-direction k for every sequence: (B, S·H, S·H), states stacked [h; c].
 
         Slots count as in `Trace.h`. Raises ValueError for a step or layer-direction that the trace does not have.
         """
+        self._check_trace(trace)
         T = trace.output.shape[0]
-        if not 0 <= t < T or not 0 <= k < len(trace.layers):
+        if not all(isinstance(i, int) and 0 <= i < n for i, n in ((t, T), (k, len(trace.layers)))):
             raise ValueError(f"t must lie in 0…{T - 1} and k in 0…{len(trace.layers) - 1}, got t={t}, k={k}")
         jacobian: Array = backend("cpu").jacobian(self.cell, trace.layers[k], self._weights(k), t)
         return jacobian
+
+    def _check_trace(self, trace: Trace) -> None:
+        for layer, kept in zip(self._names, trace.layers, strict=False):
+            inputs = self.params[layer["weight_ih"]].shape[1]
+            if kept.cell != self.cell.name or kept.state.shape[3] != self.hidden_size or kept.x.shape[2] != inputs:
+                raise ValueError(f"trace must be one of {self!r}, got one of {kept.cell} with state {kept.state.shape}")
+        if len(trace.layers) != len(self._names) or trace.output.dtype != self.dtype:
+            raise ValueError(f"trace must be one of {self!r}, got {len(trace.layers)} layers of {trace.output.dtype}")
+        if not trace.kept:
+            raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
 
     def _weights(self, k: int) -> LayerWeights:
         empty = np.zeros(0, self.dtype)
@@ -260,7 +311,8 @@ class Recurrent:
         if S == 1:
             return check_array(name, state, shape, self.dtype)[None]
         if not isinstance(state, tuple) or len(state) != S:
-            raise TypeError(f"{name} of {self.cell.name} must be a tuple (h, c), got {type(state).__name__}")
+            got = f"{len(state)} parts" if isinstance(state, tuple) else type(state).__name__
+            raise TypeError(f"{name} of {self.cell.name} must be a tuple (h, c), got {got}")
         pairs = zip(self.cell.states, state, strict=True)
         return np.stack([check_array(f"{name} {part}", value, shape, self.dtype) for part, value in pairs])
 
@@ -275,9 +327,11 @@ def _reverse(values: Array, lengths: NDArray[np.int64]) -> Array:
     return values[index, np.arange(values.shape[1])]
 
 
-def _zero_past_end(values: Array, lengths: NDArray[np.int64]) -> Array:
-    past = np.arange(values.shape[0])[:, None] >= lengths
-    return np.where(past[:, :, None], values.dtype.type(0), values)
+def _past_end(name: str, lengths: Any, values: Array) -> NDArray[np.bool_]:
+    """Return (T, B, 1): where `values` (T, B, …) lies past the end of its sequence."""
+    steps = check_lengths(name, lengths, values.shape[1], values.shape[0])
+    past: NDArray[np.bool_] = (np.arange(values.shape[0])[:, None] >= steps)[:, :, None]
+    return past
 
 
 def _sum_directions(pair: list[LayerGradients], lengths: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64] | None]:
@@ -305,17 +359,34 @@ class RNN(Recurrent):
         num_layers: int = 1,
         *,
         nonlinearity: Literal["tanh", "relu", "sigmoid"] = "tanh",
-        **options: Any,
+        bias: bool = True,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
     ) -> None:
-        check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
-        super().__init__(f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, **options)
+        cell = "rnn_" + check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
+        options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
+        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)
 
 
 class LSTM(Recurrent):
     """The LSTM with forget gate (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000): i, f, g, o."""
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> None:
-        super().__init__("lstm", input_size, hidden_size, num_layers, **options)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
+        super().__init__("lstm", input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)
 
 
 class GRU(Recurrent):
@@ -325,6 +396,18 @@ class GRU(Recurrent):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, *, reset_after: bool = True, **options: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        bidirectional: bool = False,
+        reset_after: bool = True,
+        dropout: float = 0.0,
+        dtype: DTypeLike = "float32",
+        seed: int | None = None,
     ) -> None:
-        super().__init__("gru" if reset_after else "gru_reset_before", input_size, hidden_size, num_layers, **options)
+        cell = "gru" if check_flag("reset_after", reset_after) else "gru_reset_before"
+        options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
+        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)

@@ -65,7 +65,7 @@ class Options:
     out: Path | None = field(
         default=None, metadata={"type": click.Path(path_type=Path), "help": "[default: results/STUDY]"}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of every random draw."})
+    seed: int = field(default=0, metadata={"type": click.IntRange(min=0), "help": "Seed of every random draw."})
     device: str = field(default="cpu", metadata={"type": click.Choice(kernels.DEVICES)})
     dtype: str = field(default="float32", metadata={"type": click.Choice(DTYPES)})
     jobs: int = field(default=1, metadata={"type": click.IntRange(min=1), "help": "Points at a time."})
@@ -219,7 +219,8 @@ class Study:
         return [json.loads(json.dumps(point)) | flagged for point in grid]
 
     def _identity(self, point: Point, source: str) -> str:
-        content = {"study": self.name, "version": self.version, "point": point, "source": source}
+        computing = {name: importlib.metadata.version(name) for name in ("numba", "numpy", "scipy")}
+        content = {"study": self.name, "version": self.version, "point": point, "source": source} | computing
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _draw(self, rows: Rows, out: Path) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def rnn_step(f, p, x, h):
 def rnn_step_backward(f_prime, p, x, h, a, dh_new):
     da = dh_new * f_prime(a)
     dx, dh, grads = maps_backward(p, x, h, da, da)
-    return dx, (dh,), grads
+    return dx, (dh,), (dh_new,), grads
 
 
 # Gers, Schmidhuber & Cummins 2000, doi:10.1162/089976600300015015: c' = f∘c + i∘g, h' = o∘tanh(c')
@@ -97,7 +97,7 @@ def lstm_step_backward(p, x, h, c, a_i, a_f, a_g, a_o, c_new, dh_new, dc_new):
     dc = dc_all * sigmoid(a_f)
     da = join(da_i, da_f, da_g, da_o)
     dx, dh, grads = maps_backward(p, x, h, da, da)
-    return dx, (dh, dc), grads
+    return dx, (dh, dc), (dh_new, dc_all), grads
 
 
 # Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, the constant error carousel: c' = c + i∘g
@@ -116,7 +116,7 @@ def lstm_no_forget_step_backward(p, x, h, a_i, a_g, a_o, c_new, dh_new, dc_new):
     dc = dc_all
     da = join(da_i, da_g, da_o)
     dx, dh, grads = maps_backward(p, x, h, da, da)
-    return dx, (dh, dc), grads
+    return dx, (dh, dc), (dh_new, dc_all), grads
 
 
 # Gers & Schmidhuber 2000, doi:10.1109/IJCNN.2000.861302: i and f see c, o sees c', each unit its own
@@ -142,7 +142,7 @@ def lstm_peephole_step_backward(p, x, h, c, a_i, a_f, a_g, a_o, c_new, dh_new, d
     da = join(da_i, da_f, da_g, da_o)
     dx, dh, grads = maps_backward(p, x, h, da, da)
     d_peephole = join((da_i * c).sum(axis=0), (da_f * c).sum(axis=0), (da_o * c_new).sum(axis=0))
-    return dx, (dh, dc), grads | {"peephole": d_peephole}
+    return dx, (dh, dc), (dh_new, dc_all), grads | {"peephole": d_peephole}
 
 
 # Greff et al. 2017, doi:10.1109/TNNLS.2016.2582924, "CIFG": c' = f∘c + (1 − f)∘g, where 1 − σ(a) = σ(−a)
@@ -161,7 +161,7 @@ def lstm_coupled_step_backward(p, x, h, c, a_f, a_g, a_o, c_new, dh_new, dc_new)
     dc = dc_all * sigmoid(a_f)
     da = join(da_f, da_g, da_o)
     dx, dh, grads = maps_backward(p, x, h, da, da)
-    return dx, (dh, dc), grads
+    return dx, (dh, dc), (dh_new, dc_all), grads
 
 
 # PyTorch's and cuDNN's GRU: n = tanh(W_in x + b_in + r∘(W_hn h + b_hn)), h' = (1 − z)∘n + z∘h
@@ -181,7 +181,7 @@ def gru_step_backward(p, x, h, a_r, a_z, a_n, ah_n, dh_new):
     da_r = da_n * ah_n * sigmoid_prime(a_r)
     dah_n = da_n * sigmoid(a_r)
     dx, dh, grads = maps_backward(p, x, h, join(da_r, da_z, da_n), join(da_r, da_z, dah_n))
-    return dx, (dh + dh_new * sigmoid(a_z),), grads
+    return dx, (dh + dh_new * sigmoid(a_z),), (dh_new,), grads
 
 
 # Cho et al. 2014, arXiv:1406.1078, eq. 5–8: n = tanh(W_in x + b_in + W_hn (r∘h) + b_hn), the same update
@@ -205,7 +205,7 @@ def gru_reset_before_step_backward(p, x, h, a_r, a_z, a_n, dh_new):
     dh, grads_rz = affine_backward(p, "hh", h, join(da_r, da_z, zero))
     dx, grads_ih = affine_backward(p, "ih", x, join(da_r, da_z, da_n))
     grads_hh = {name: grads_rz[name] + grads_n[name] for name in grads_n}
-    return dx, (dh + d_rh * sigmoid(a_r) + dh_new * sigmoid(a_z),), grads_ih | grads_hh
+    return dx, (dh + d_rh * sigmoid(a_r) + dh_new * sigmoid(a_z),), (dh_new,), grads_ih | grads_hh
 
 
 class Cell(NamedTuple):
@@ -270,8 +270,7 @@ class Trace:
 class Grads:
     """dL/d everything: `params` and `x` shaped as they are; h, c as in Trace, total derivatives; state as Trace.final.
 
-    h[k][s] and c[k][s] are the two derivatives of the pair (h_s, c_s), which the next step and, for h, the output
-    read. What c_s does to h_s of the same slot lies inside the step that made both, and is not in c[k][s].
+    c[k][s] counts all that c_s does, h_s = o∘tanh(c_s) of the same slot included; a held slot makes no h of its own.
     """
 
     params: dict
@@ -352,7 +351,8 @@ def backward(trace, d_output, d_final=None):
                 rows, times = running(trace.lengths, s, reverse=direction == 1)
                 d_states[0, k, s + 1, rows] += d_layer_output[times, rows, direction * H : (direction + 1) * H]
                 d_new = d_states[:, k, s + 1, rows]
-                dx, d_old, grads = CELLS[trace.cell].step_backward(p, *trace.saved[k][s], *d_new)
+                dx, d_old, d_total, grads = CELLS[trace.cell].step_backward(p, *trace.saved[k][s], *d_new)
+                d_states[:, k, s + 1, rows] = d_total
                 d_states[:, k, s] = d_states[:, k, s + 1]  # passed on where the sequence has ended
                 d_states[:, k, s, rows] = d_old
                 d_layer_input[times, rows] += dx
@@ -370,6 +370,6 @@ def jacobian(cell, params, x_t, h, c=None):
     _, saved = CELLS[cell].step(params, np.array([x_t], np.float64), *old)
     rows = []
     for unit in np.eye(S * H):
-        _, d_old, _ = CELLS[cell].step_backward(params, *saved, *unit.reshape(S, 1, H))
+        _, d_old, _, _ = CELLS[cell].step_backward(params, *saved, *unit.reshape(S, 1, H))
         rows.append(np.concatenate(d_old, axis=1)[0])
     return np.stack(rows)

@@ -41,12 +41,60 @@ def test_direct_part_is_the_last_step_only_or_every_step():
     rng = np.random.default_rng(0)
     model, x = build("gru"), rng.normal(size=(5, 2, 3))
     last = rnnlab.gradient_flow(model, x, rng.normal(size=(2, 2)))
-    assert np.isneginf(last.direct[0][:5]).all()
-    np.testing.assert_allclose(last.direct[0][5], last.h[0][5], rtol=0, atol=1e-12)
+    assert np.isneginf(last.direct_h[0][:5]).all()
+    np.testing.assert_allclose(last.direct_h[0][5], last.h[0][5], rtol=0, atol=1e-12)
     every = rnnlab.gradient_flow(model, x, rng.normal(size=(5, 2, 2)), "every")
-    assert np.isneginf(every.direct[0][0]).all()
-    assert np.isfinite(every.direct[0][1:]).all()
-    assert not np.allclose(every.direct[0][1:5], every.h[0][1:5])
+    assert np.isneginf(every.direct_h[0][0]).all()
+    assert np.isfinite(every.direct_h[0][1:]).all()
+    assert not np.allclose(every.direct_h[0][1:5], every.h[0][1:5])
+
+
+@pytest.mark.parametrize("cell", rnnlab.CELLS)
+def test_direct_part_passes_through_no_later_step(cell):
+    """Cut after step t, and a loss of that step alone, give the direct part of dL/dh_t, dL/dc_t and dL/dx_t."""
+    rng = np.random.default_rng(5)
+    model = build(cell, "many_to_many", bidirectional=False)
+    x, targets = rng.normal(size=(4, 2, 3)), rng.normal(size=(4, 2, 2))
+    flow = rnnlab.gradient_flow(model, x, targets, "every")
+    trace = model.rnn.forward(x)
+    for t in range(4):
+        state = tuple(np.stack([part[0][t]]) for part in ((trace.h, trace.c) if trace.c else (trace.h,)))
+        state = state if trace.c else state[0]
+        one = model.loss_and_gradients(x[t : t + 1], targets[t : t + 1], state=state)
+        gradients, count = one.recurrent["rnn"], 2  # the mean over two sequences
+        pairs = [(flow.direct_h[0], gradients.h[0][1]), (flow.direct_x[None, t][[0] * (t + 2)], gradients.x[0])]
+        if trace.c:
+            pairs.append((flow.direct_c[0], gradients.c[0][1]))
+        for measured, plain in pairs:
+            np.testing.assert_allclose(measured[t + 1], np.log(np.linalg.norm(count * plain, axis=1)), atol=1e-11)
+
+
+def test_constant_error_carousel_to_the_last_bit():
+    """lstm_no_forget with W_hh = 0 and a loss at the last of 1,000 steps: dL/dc is the same number at every slot."""
+    for dtype in ("float32", "float64"):
+        net = rnnlab.Recurrent("lstm_no_forget", 3, 8, dtype=dtype, seed=0)
+        net.initialise("zeros", "uniform", "zeros", seed=1)
+        model = rnnlab.SequenceModel(net, 2, "many_to_one", "mse", seed=2)
+        rng = np.random.default_rng(3)
+        x, targets = rng.normal(size=(1000, 4, 3)).astype(dtype), rng.normal(size=(4, 2)).astype(dtype)
+        dc = model.loss_and_gradients(x, targets).recurrent["rnn"].c[0]
+        assert (dc != 0).all()
+        np.testing.assert_array_equal(dc, np.broadcast_to(dc[1000], dc.shape))
+        assert np.ptp(rnnlab.gradient_flow(model, x, targets).c[0], axis=0).max() < 1e-12
+
+
+def test_saturation_beyond_the_dtype_is_reported():
+    """At a pre-activation of 45 the slope of tanh is 4e−90 = 3e-39, below float32's smallest normal number."""
+    for dtype in ("float32", "float64"):
+        net = rnnlab.RNN(1, 4, dtype=dtype, seed=0)
+        net.params["bias_ih_l0"] = np.full(4, 45, dtype)
+        model = rnnlab.SequenceModel(net, 1, "many_to_one", "mse", seed=0)
+        arguments = model, np.zeros((3, 1, 1), dtype), np.full((1, 1), 3, dtype)
+        if dtype == "float32":
+            with pytest.warns(RuntimeWarning, match="slopes of saturated units lose digits in float32"):
+                rnnlab.gradient_flow(*arguments)
+        else:
+            assert np.isfinite(rnnlab.gradient_flow(*arguments).h[0]).all()
 
 
 def test_loss_at_every_step_sums_the_losses():
@@ -149,11 +197,43 @@ def test_decay_of_what_cannot_be_fitted_is_nan():
 
 def test_profile_is_relative_to_the_first_lag_with_a_gradient():
     curves = np.log(10) * np.array([[-np.inf, 1, 0, -1], [-np.inf, 2, 0, -2], [-np.inf, 3, 0, -3]])
-    profile = lag_profile(curves)
+    profile = lag_profile(curves, low=0, high=1)
     assert profile["lag_steps"].tolist() == [1, 2, 3]
     np.testing.assert_allclose(profile["norm_decades"], [0, -2, -4], atol=1e-12)
     np.testing.assert_allclose(profile["norm_low_decades"], [0, -3, -6], atol=1e-12)
     np.testing.assert_allclose(profile["norm_high_decades"], [0, -1, -2], atol=1e-12)
+
+
+def test_profile_and_decay_of_sequences_of_unequal_length():
+    """Seven sequences of 200 steps, one of 30, and one that is predicted perfectly and has no gradient at all."""
+    curves = np.tile(-0.1 * np.arange(201.0), (9, 1))
+    curves[7, 31:] = np.nan
+    curves[8] = -np.inf
+    fit, profile = decay(curves), lag_profile(curves)
+    assert fit.rate == pytest.approx(-0.1, rel=1e-12)
+    assert fit.rate_low == pytest.approx(-0.1, rel=1e-12)
+    np.testing.assert_allclose(profile["norm_decades"], -0.1 * np.arange(201) / np.log(10), atol=1e-12)
+    short = decay(np.where(np.arange(201) > 60, np.nan, curves[:7]))
+    assert short.rate == pytest.approx(-0.1, rel=1e-12)
+
+
+def test_quantiles_are_those_of_numpy():
+    values = np.random.default_rng(0).normal(size=(11, 5))
+    profile = lag_profile(values, low=0.2, high=0.77)
+    relative = (values - values[:, :1]) / np.log(10)
+    np.testing.assert_allclose(profile["norm_low_decades"], np.quantile(relative, 0.2, axis=0), atol=1e-13)
+    np.testing.assert_allclose(profile["norm_high_decades"], np.quantile(relative, 0.77, axis=0), atol=1e-13)
+
+
+def test_one_sample_has_no_interval():
+    fit = decay(-0.1 * np.arange(50.0)[None])
+    assert fit.rate == pytest.approx(-0.1)
+    assert math.isnan(fit.rate_low)
+    assert math.isnan(fit.rate_high)
+
+
+def test_horizon_beyond_the_sequence_is_infinite():
+    assert decay(np.zeros((2, 10))).horizon == math.inf
 
 
 @pytest.mark.parametrize(
@@ -171,6 +251,16 @@ def test_bad_input_is_named(change, message):
         rnnlab.gradient_flow(build(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("c",), "quantity must be one of h, got 'c'"), (("h", 1), "k must be a layer-direction in 0…0, got 1")],
+)
+def test_what_the_network_does_not_have_is_named(arguments, message):
+    flow = rnnlab.gradient_flow(build("gru"), np.zeros((4, 2, 3)), np.ones((2, 2)))
+    with pytest.raises(ValueError, match=message):
+        flow.by_lag(*arguments)
+
+
 def test_topologies_that_read_their_outputs_are_refused():
     with pytest.raises(ValueError, match="many_to_many, got encoder_decoder"):
         rnnlab.gradient_flow(build("gru", "encoder_decoder"), np.zeros((4, 2, 3)), np.zeros((2, 2)))
@@ -179,7 +269,7 @@ def test_topologies_that_read_their_outputs_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transient": 10}, "transient must lie in 0…9, got 10"),
+        ({"transient": 10}, "transient must be an integer in 0…9, got 10"),
         ({"confidence": 1.0}, "confidence"),
         ({"resamples": 0}, "resamples"),
     ],

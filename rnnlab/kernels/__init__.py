@@ -59,10 +59,12 @@ class LayerWeights(NamedTuple):
 class LayerTrace(NamedTuple):
     """What one layer in one direction computed, in its own order of processing, and what its backward needs.
 
-    x (T, B, I); state (S, T+1, B, H), slot 0 initial, held past the end of a sequence; saved (T, B, K·H), zero past
-    the end; reset_h (T, B, H), r ∘ h_{t−1} of a cell that resets before the product, else empty; lengths (B,).
+    cell: its name; x (T, B, I); state (S, T+1, B, H), slot 0 initial, held past the end of a sequence; saved
+    (T, B, K·H), meaningless past the end; reset_h (T, B, H), r ∘ h_{t−1} of a cell that resets before the product, else
+    empty; lengths (B,).
     """
 
+    cell: str
     x: Array
     state: Array
     saved: Array

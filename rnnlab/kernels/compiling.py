@@ -38,11 +38,17 @@ class _KernelCache(FunctionCache):
         return sig, codegen.magic_tuple(), self._variant
 
 
-def kernel(variant):
-    """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`."""
+def kernel(variant, *parts):
+    """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`.
+
+    `parts` are the scalar functions inside it. With one that is not rnnlab's own nothing is cached: its source is not
+    in the hash.
+    """
 
     def decorate(function):
         dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        if not all(part.py_func.__module__.startswith("rnnlab.") for part in parts):
+            return dispatcher
         dispatcher._cache = _KernelCache(function, variant)  # type: ignore[attr-defined]
         return dispatcher
 

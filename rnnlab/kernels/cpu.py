@@ -25,7 +25,7 @@ from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
 from .simd import VECTOR_BYTES, move_vector
 
-__all__ = ["backward", "forward", "jacobian", "warmup"]
+__all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
 
 
 # Panels: V units side by side ---------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _forward_kernel(cell: Cell, dtype):
     step, product_after_reset = cell.step, _reset_forward(cell) if RESET else None
     take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
 
-    @kernel(f"{cell.name}-{dtype}")
+    @kernel(f"{cell.name}-{dtype}", step)
     def forward(ax, weight_hh, bias_hh, peephole, lengths, state, saved, reset_h):
         """Fill state[:, 1:], saved and reset_h; a `saved` of one step is a buffer that every step writes anew."""
         T, B, H = ax.shape[0], ax.shape[1], weight_hh.shape[1]
@@ -163,13 +163,13 @@ def _reset_forward(cell: Cell):
 def _backward_kernel(cell: Cell, dtype):
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     V = VECTOR_BYTES // dtype.itemsize
-    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, OLD, SIZE = _rows(V, K, P, S, G, G, P, S)
+    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, TOTAL, OLD, SIZE = _rows(V, K, P, S, G, G, P, S, S)
     RESET, JOINT = cell.reset is not None, cell.joint
     step_backward, product_before_reset = cell.step_backward, _reset_backward(cell) if RESET else None
     take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
     put_gates, add_peepholes, put_states = _put(G), _put(P, add=True), _put(S)
 
-    @kernel(f"{cell.name}-{dtype}")
+    @kernel(f"{cell.name}-{dtype}", step_backward)
     def backward(
         d_output, d_output_exponent, weight_hh, peephole, lengths, saved, d_state, exponent, dax, dah, d_peephole
     ):
@@ -215,7 +215,7 @@ def _backward_kernel(cell: Cell, dtype):
                     for s in range(S):
                         _copy(panel, NEW + s * V, flat_state, s * (T + 1) * B * H + old + B * H + j, n)
                     for v in range(V):
-                        da_x, da_h, dp, d_old = step_backward(
+                        da_x, da_h, dp, total, d_old = step_backward(
                             take_saved(panel, SAVED + v, V),
                             take_peepholes(panel, PEEPHOLE + v, V),
                             take_states(panel, NEW + v, V),
@@ -223,6 +223,7 @@ def _backward_kernel(cell: Cell, dtype):
                         put_gates(panel, DAX + v, V, da_x)
                         put_gates(panel, DAH + v, V, da_h)
                         add_peepholes(panel, DP + v, V, dp)
+                        put_states(panel, TOTAL + v, V, total)
                         put_states(panel, OLD + v, V, d_old)
                     for g in range(G):
                         _copy(flat_dax, row + g * H + j, panel, DAX + g * V, n)
@@ -232,6 +233,8 @@ def _backward_kernel(cell: Cell, dtype):
                         _copy(flat_dp, (b * P + p) * H + j, panel, DP + p * V, n)
                     for s in range(S):
                         _copy(flat_state, s * (T + 1) * B * H + old + j, panel, OLD + s * V, n)
+                    for s in range(1, S):
+                        _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, TOTAL + s * V, n)
             if RESET:
                 product_before_reset(weight_hh, saved[t], dah[t], dh, d_reset, work)
             else:
@@ -331,7 +334,7 @@ def _diagonals_kernel(cell: Cell, dtype):
     step_backward = cell.step_backward
     take_saved, take_peepholes, take_states, put_gates, put_states = _take(K), _take(P), _take(S), _put(G), _put(S)
 
-    @kernel(f"{cell.name}-{dtype}")
+    @kernel(f"{cell.name}-{dtype}", step_backward)
     def diagonals(saved, peephole, unit, d_ah, d_old):
         """Fill d_ah (S, B, G·H) and d_old (S, S, B, H): row s is the cotangent of new state s; unit is the identity."""
         B, H = d_old.shape[2:]
@@ -339,7 +342,7 @@ def _diagonals_kernel(cell: Cell, dtype):
         for s in range(S):
             for b in range(B):
                 for j in range(H):
-                    _, da_h, _, old = step_backward(
+                    _, da_h, _, _, old = step_backward(
                         take_saved(saved[b], j, H), take_peepholes(peephole, j, H), take_states(unit[s], 0, 1)
                     )
                     put_gates(d_ah[s, b], j, H, da_h)
@@ -388,7 +391,7 @@ def forward(
     _forward_kernel(cell, x.dtype)(
         ax.reshape(T, B, -1), weights.weight_hh, weights.bias_hh, weights.peephole, lengths, states, saved, reset_h
     )
-    return LayerTrace(x, states, saved, reset_h, lengths)
+    return LayerTrace(cell.name, x, states, saved, reset_h, lengths)
 
 
 def backward(
@@ -444,6 +447,22 @@ def backward(
     return LayerGradients(d_weights, dx, d_state, d_output, None, None)
 
 
+def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:
+    """Backpropagate d_output (T, B, H) through one step only: each step stands as a sequence of its own.
+
+    Returns gradients of T·B sequences of one step, scaled: state (S, 2, T·B, H), x (1, T·B, I), exponent (2, T·B).
+    """
+    T, B, H = d_output.shape
+
+    def one_step(values: Array) -> Array:
+        return values.reshape(1, T * B, -1) if values.size else values
+
+    running = (np.arange(T)[:, None] < trace.lengths).reshape(-1).astype(np.int64)
+    alone = trace._replace(x=one_step(trace.x), saved=one_step(trace.saved), lengths=running)
+    nothing = np.zeros((len(cell.states), T * B, H), d_output.dtype)
+    return backward(cell, alone, weights, one_step(d_output), nothing, np.zeros((1, T * B), np.int64))
+
+
 def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Array:
     """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), the states stacked as [h; c].
 
@@ -469,10 +488,12 @@ def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Ar
 def warmup(cell_name: str, dtype: DTypeLike) -> None:
     """Compile the kernels of a cell, or load them from Numba's cache on disk, by running them once."""
     cell, dtype = CELLS[cell_name], np.dtype(dtype)
-    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    shapes = ((G, 1), (G, 1), (G,), (G,), (P,))
+    # No dimension is 1: the products are compiled for each memory layout, and a single row has several.
+    B = inputs = H = 2
+    rows, states = len(cell.gates) * H, len(cell.states)
+    shapes = ((rows, inputs), (rows, H), (rows,), (rows,), (len(cell.peepholes) * H,))
     weights = LayerWeights(*(np.zeros(shape, dtype) for shape in shapes))
-    state, d_output = np.zeros((S, 1, 1), dtype), np.zeros((1, 1, 1), dtype)
-    trace = forward(cell, np.zeros((1, 1, 1), dtype), weights, state, np.ones(1, np.int64))
+    state, d_output = np.zeros((states, B, H), dtype), np.zeros((2, B, H), dtype)
+    trace = forward(cell, np.zeros((2, B, inputs), dtype), weights, state, np.full(B, 2))
     backward(cell, trace, weights, d_output, state)
     jacobian(cell, trace, weights, 0)
