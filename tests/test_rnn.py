@@ -99,6 +99,28 @@ def test_equals_torch(torch, cell, num_layers, bidirectional, lengths):
         assert relative_error(gradients.params[name], d_params[name]) <= TOLERANCE
 
 
+def test_total_derivatives_of_every_state_are_those_of_autograd(torch):
+    """dL/dh_t and dL/dc_t of an LSTM, unrolled cell by cell, with a loss at every step and on the final state."""
+    net, _ = random_network("lstm", 3, 5, seed=40)
+    rng = np.random.default_rng(41)
+    x, d_output = rng.normal(size=(6, 2, 3)), rng.normal(size=(6, 2, 5))
+    state, d_final = random_state(rng, net, 2), random_state(rng, net, 2)
+    cell = torch.nn.LSTMCell(3, 5, dtype=torch.float64)
+    cell.load_state_dict({name.removesuffix("_l0"): torch.from_numpy(value) for name, value in net.params.items()})
+    slots = [tuple(torch.tensor(part[0], requires_grad=True) for part in state)]
+    for row in x:
+        slots.append(cell(torch.from_numpy(row), slots[-1]))
+        for part in slots[-1]:
+            part.retain_grad()
+    loss = sum((h * torch.from_numpy(d)).sum() for (h, _), d in zip(slots[1:], d_output, strict=True))
+    loss += sum((part * torch.from_numpy(d[0])).sum() for part, d in zip(slots[-1], d_final, strict=True))
+    loss.backward()
+    gradients = net.backward(net.forward(x, state), d_output, d_final)
+    for got, part in ((gradients.h[0], 0), (gradients.c[0], 1)):
+        want = np.stack([slot[part].grad.numpy() for slot in slots])
+        assert relative_error(got, want) <= TOLERANCE
+
+
 @pytest.mark.parametrize("cell", TWINS)
 def test_equals_torch_without_bias(torch, cell):
     net, _ = random_network(cell, 3, 5, 2, bias=False, seed=1)
