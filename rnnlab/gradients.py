@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .checks import check_choice, check_positive
+from .kernels import LayerGradients
 from .model import SequenceModel
 from .rnn import State
 
@@ -146,9 +147,9 @@ def gradient_flow(
     that of Pascanu, Mikolov & Bengio 2013, eq. 3–5).
 
     The adjoint is rescaled by powers of two as it goes back, so that 100 000 steps neither under- nor overflow in
-    float32. Within one step the range of the dtype remains: a RuntimeWarning says when slopes of saturated units fall
-    below its smallest normal number, where their digits are lost; use dtype float64 then. Arguments and errors
-    otherwise as `SequenceModel.loss_and_gradients`; ValueError for a topology that reads its own outputs, and for a
+    float32. Within one step the range of the dtype remains: a RuntimeWarning says when the slopes of saturated units
+    took the adjoint to its edge, where digits are lost; use dtype float64 then. Arguments and errors otherwise as
+    `SequenceModel.loss_and_gradients`; ValueError for a topology that reads its own outputs, and for a
     network whose states or adjoint overflow.
     """
     every = check_choice("loss_at", loss_at, ("last", "every")) == "every"
@@ -164,7 +165,7 @@ def gradient_flow(
     single, direct_dx, direct_dx_exponent = net.direct(trace, layers)
     if not all(np.isfinite(numbers).all() for numbers in (trace.output, d_output, *(layer.state for layer in layers))):
         raise ValueError(f"model must have finite states and gradients, those of {net!r} overflow {net.dtype}")
-    if any(_loses_digits(layer.saved) for layer in trace.layers):
+    if any(map(_loses_digits, layers)):
         warnings.warn(f"slopes of saturated units lose digits in {net.dtype}", RuntimeWarning, stacklevel=2)
     T, B, _ = trace.output.shape
     past = np.arange(T + 1)[:, None] > trace.lengths
@@ -189,9 +190,14 @@ def gradient_flow(
     )
 
 
-def _loses_digits(partials: Array) -> bool:
-    magnitude = np.abs(partials)
-    return bool(((magnitude > 0) & (magnitude < np.finfo(partials.dtype).tiny)).any())
+def _loses_digits(layer: LayerGradients) -> bool:
+    """Return whether a step shrank the adjoint, or left its part in h or c, so small that digits fell off the dtype."""
+    assert layer.exponent is not None
+    information = np.finfo(layer.state.dtype)
+    largest = np.abs(layer.state).max(axis=-1)
+    shrunk = np.diff(layer.exponent, axis=0)[largest.max(axis=0)[:-1] > 0]  # from slot t+1 to slot t
+    few = (largest > 0) & (largest < information.tiny / information.eps)
+    return bool(few.any() or (shrunk > -information.minexp - information.nmant).any())
 
 
 def log_norm(values: Array, exponent: NDArray[np.int64] | None = None) -> Floats:
