@@ -252,10 +252,10 @@ def compiled(cell, kind):
     """A float32 kernel and its signature, compiled anew: Numba's cache keeps neither types nor assembly."""
     a, i = array_of, types.int64
     make, signature = {
-        "forward": (cpu._forward_kernel, (a(3), a(2), a(1), a(1), a(1, i), a(4), a(3), a(3))),
+        "forward": (cpu._forward_kernel, (a(3), a(3), a(3), a(1), a(1), a(1, i), a(4), a(3), a(3), i, i)),
         "backward": (
             cpu._backward_kernel,
-            (a(3), a(2, i), a(2), a(1), a(1, i), a(3), a(4), a(2, i), a(3), a(3), a(2)),
+            (a(3), a(2, i), a(3), a(3), a(1), a(1, i), a(3), a(4), a(2, i), a(3), a(3), a(2), i, i),
         ),
         "jacobian": (cpu._diagonals_kernel, (a(2), a(1), a(2), a(3), a(4))),
     }[kind]

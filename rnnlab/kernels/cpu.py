@@ -13,16 +13,19 @@ small array, because only then can LLVM prove that loads and stores never overla
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
-from numba import njit
+from numba import get_num_threads, njit
 from numpy.typing import DTypeLike, NDArray
 
 from ..activations import scalar
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
+from .products import add_transposed, columns_of, multiply, pack, pack_transposed, product
 from .simd import VECTOR_BYTES, move_vector
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
@@ -83,19 +86,30 @@ def _forward_kernel(cell: Cell, dtype):
     take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
 
     @kernel(f"{cell.name}-{dtype}", step)
-    def forward(ax, weight_hh, bias_hh, peephole, lengths, state, saved, reset_h):
-        """Fill state[:, 1:], saved and reset_h; a `saved` of one step is a buffer that every step writes anew."""
-        T, B, H = ax.shape[0], ax.shape[1], weight_hh.shape[1]
-        ah, panel = np.empty((B, G * H), ax.dtype), np.zeros(SIZE, ax.dtype)
-        work = np.empty(B * (G - 1) * H if RESET else 0, ax.dtype)
-        flat_ax, flat_ah, flat_state, flat_saved = ax.reshape(-1), ah.reshape(-1), state.reshape(-1), saved.reshape(-1)
+    def forward(ax, packed, packed_last, bias_hh, peephole, lengths, state, saved, reset_h, first, last):
+        """Fill state[:, 1:], saved and reset_h of sequences first…last; `saved` may be one step, then written anew."""
+        T, B, H, rows = ax.shape[0], ax.shape[1], state.shape[3], last - first
+        ah, panel = np.empty(rows * G * H, ax.dtype), np.zeros(SIZE, ax.dtype)
+        scratch = np.empty(rows * max(columns_of(ax), G * H), ax.dtype)
+        flat_ax, flat_state, flat_saved = ax.reshape(-1), state.reshape(-1), saved.reshape(-1)
         for t in range(T):
             slot = t if saved.shape[0] == T else 0
             if RESET:
-                product_after_reset(weight_hh, bias_hh, ax[t], state[0, t], ah, saved[slot], reset_h[slot], work)
+                rest = slice(first, last)
+                product_after_reset(
+                    packed,
+                    packed_last,
+                    bias_hh,
+                    ax[t, rest],
+                    state[0, t, rest],
+                    ah,
+                    saved[slot, rest],
+                    reset_h[slot, rest],
+                    scratch,
+                )
             else:
-                np.dot(state[0, t], weight_hh.T, ah)
-            for b in range(B):
+                multiply(ah, 0, flat_state, (t * B + first) * H, packed, rows, G * H, scratch)
+            for b in range(first, last):
                 if t >= lengths[b]:
                     state[:, t + 1, b] = state[:, t, b]
                     continue
@@ -104,7 +118,7 @@ def _forward_kernel(cell: Cell, dtype):
                     n = min(V, H - j)
                     for g in range(G):
                         _copy(panel, AX + g * V, flat_ax, row + g * H + j, n)
-                        _copy(panel, AH + g * V, flat_ah, b * G * H + g * H + j, n)
+                        _copy(panel, AH + g * V, ah, (b - first) * G * H + g * H + j, n)
                         _copy(panel, BIAS + g * V, bias_hh, g * H + j, n)
                     for p in range(P):
                         _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
@@ -136,22 +150,22 @@ def _reset_forward(cell: Cell):
     reset, _ = cell.reset
 
     @njit(error_model="numpy")
-    def product_after_reset(weight_hh, bias_hh, ax, h, ah, saved, reset_h, work):
+    def product_after_reset(packed, packed_last, bias_hh, ax, h, ah, saved, reset_h, scratch):
         """Fill ah (B, G·H): W_hh h for all gates but the last, W_hn (r ∘ h) for the last; keep r ∘ h in reset_h."""
         B, H = h.shape
-        first = (G - 1) * H
-        head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
-        np.dot(h, weight_hh[:first].T, head)
+        head = (G - 1) * H
+        part = np.empty(B * head, ah.dtype)
+        multiply(part, 0, h.reshape(-1), 0, packed, B, head, scratch)
         for b in range(B):
-            for j in range(first):
-                ah[b, j] = head[b, j]
+            for j in range(head):
+                ah[b * G * H + j] = part[b * head + j]
             for j in range(H):
-                reset_h[b, j], kept = reset(ax[b, j], ah[b, j] + bias_hh[j], h[b, j])
+                reset_h[b, j], kept = reset(ax[b, j], part[b * head + j] + bias_hh[j], h[b, j])
                 saved[b, K * H + j], saved[b, (K + 1) * H + j] = kept
-        np.dot(reset_h, weight_hh[first:].T, tail)
+        multiply(part, 0, reset_h.reshape(-1), 0, packed_last, B, H, scratch)
         for b in range(B):
             for j in range(H):
-                ah[b, first + j] = tail[b, j]
+                ah[b * G * H + head + j] = part[b * H + j]
 
     return product_after_reset
 
@@ -171,15 +185,28 @@ def _backward_kernel(cell: Cell, dtype):
 
     @kernel(f"{cell.name}-{dtype}", step_backward)
     def backward(
-        d_output, d_output_exponent, weight_hh, peephole, lengths, saved, d_state, exponent, dax, dah, d_peephole
+        d_output,
+        d_output_exponent,
+        packed,
+        packed_last,
+        peephole,
+        lengths,
+        saved,
+        d_state,
+        exponent,
+        dax,
+        dah,
+        d_peephole,
+        first,
+        last,
     ):
         """Turn d_state[:, T] and d_output into d_state, dax, dah (the same array as dax if joint) and d_peephole.
 
         With an `exponent` of T+1 steps (instead of none) the adjoint is rescaled at every step, see `_add_scaled`.
         """
-        T, B, H = dax.shape[0], dax.shape[1], weight_hh.shape[1]
-        dh, panel = np.empty((B, H), dax.dtype), np.zeros(SIZE, dax.dtype)
-        work, d_reset = np.empty(B * (G - 1) * H if RESET else 0, dax.dtype), np.empty((B, H), dax.dtype)
+        T, B, H, rows = dax.shape[0], dax.shape[1], d_state.shape[3], last - first
+        dh, panel = np.empty(rows * H, dax.dtype), np.zeros(SIZE, dax.dtype)
+        scratch = np.empty(rows * max(columns_of(dax), G * H), dax.dtype)
         flat_state, flat_saved, flat_dax, flat_dah = (
             d_state.reshape(-1),
             saved.reshape(-1),
@@ -188,7 +215,7 @@ def _backward_kernel(cell: Cell, dtype):
         )
         flat_dp = d_peephole.reshape(-1)
         for t in range(T - 1, -1, -1):
-            for b in range(B):
+            for b in range(first, last):
                 if t >= lengths[b]:
                     d_state[:, t, b] = d_state[:, t + 1, b]
                     dax[t, b] = 0
@@ -236,12 +263,13 @@ def _backward_kernel(cell: Cell, dtype):
                     for s in range(1, S):
                         _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, TOTAL + s * V, n)
             if RESET:
-                product_before_reset(weight_hh, saved[t], dah[t], dh, d_reset, work)
+                rest = slice(first, last)
+                product_before_reset(packed, packed_last, saved[t, rest], dah[t, rest], dh, scratch)
             else:
-                np.dot(dah[t], weight_hh, dh)
-            for b in range(B):
+                multiply(dh, 0, flat_dah, (t * B + first) * G * H, packed, rows, H, scratch)
+            for b in range(first, last):
                 for j in range(H):
-                    d_state[0, t, b, j] += dh[b, j]
+                    d_state[0, t, b, j] += dh[(b - first) * H + j]
 
     return backward
 
@@ -253,25 +281,24 @@ def _reset_backward(cell: Cell):
     _, reset_backward = cell.reset
 
     @njit(error_model="numpy")
-    def product_before_reset(weight_hh, saved, da, dh, d_reset, work):
+    def product_before_reset(packed, packed_last, saved, da, dh, scratch):
         """Fill dh (B, H), dL/dh_{t−1} through both products, and the block of the reset gate in da (B, G·H)."""
-        B, H = dh.shape
-        first = (G - 1) * H
-        head, tail = work.reshape(B, first), work[: B * H].reshape(B, H)
+        B, H = da.shape[0], da.shape[1] // G
+        head = (G - 1) * H
+        part, d_reset = np.empty(B * head, da.dtype), np.empty(B * H, da.dtype)
         for b in range(B):
             for j in range(H):
-                tail[b, j] = da[b, first + j]
-        np.dot(tail, weight_hh[first:], d_reset)
+                part[b * H + j] = da[b, head + j]
+        multiply(d_reset, 0, part, 0, packed_last, B, H, scratch)
         for b in range(B):
             for j in range(H):
                 kept = (saved[b, K * H + j], saved[b, (K + 1) * H + j])
-                da[b, j], d_reset[b, j] = reset_backward(kept, d_reset[b, j])
-            for j in range(first):
-                head[b, j] = da[b, j]
-        np.dot(head, weight_hh[:first], dh)
-        for b in range(B):
-            for j in range(H):
-                dh[b, j] += d_reset[b, j]
+                da[b, j], d_reset[b * H + j] = reset_backward(kept, d_reset[b * H + j])
+            for j in range(head):
+                part[b * head + j] = da[b, j]
+        multiply(dh, 0, part, 0, packed, B, H, scratch)
+        for j in range(B * H):
+            dh[j] += d_reset[j]
 
     return product_before_reset
 
@@ -353,19 +380,48 @@ def _diagonals_kernel(cell: Cell, dtype):
     return diagonals
 
 
-# Large products -----------------------------------------------------------------------------------------------------
+# Threads ------------------------------------------------------------------------------------------------------------
+
+#: A second thread costs about as much as this many FLOPs take on one core.
+_WORTH_A_THREAD = 2e7
 
 
-@kernel("products")
-def _multiply(a, b, out):
-    """out = a·b by the BLAS that the kernels use: a second one's idle threads would spin on the same cores."""
-    np.dot(a, b, out)
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="rnnlab")
 
 
-def _product(a: Array, b: Array) -> Array:
-    out = np.empty((a.shape[0], b.shape[1]), a.dtype)
-    _multiply(a, b, out)
+def _share(work: Callable[[int, int], object], rows: int, flops: float) -> None:
+    """Call work(first, last) on parts of `rows`, one a thread; kernels release the GIL.
+
+    Every row is computed alike in whatever part it lies: the number of threads changes no bit.
+    """
+    threads = max(1, min(get_num_threads(), rows, int(flops / _WORTH_A_THREAD)))
+    edges = [rows * k // threads for k in range(threads + 1)]
+    others = [_pool(threads - 1).submit(work, *edges[k : k + 2]) for k in range(1, threads)]
+    work(*edges[:2])
+    for other in others:
+        other.result()
+
+
+def _product(a: Array, packed: Array, columns: int) -> Array:
+    """Return a·B of a (rows, K) and a packed B (K, columns)."""
+    out = np.empty((a.shape[0], columns), a.dtype)
+    _share(lambda first, last: product(out, a, packed, first, last), len(a), 2.0 * a.size * columns)
     return out
+
+
+def _transposed_product(a: Array, b: Array) -> Array:
+    """Return aᵀ·b of a (K, rows) and b (K, columns)."""
+    out = np.zeros((a.shape[1], b.shape[1]), a.dtype)
+    _share(lambda first, last: add_transposed(out, a, b, first, last), len(out), 2.0 * a.size * b.shape[1])
+    return out
+
+
+def _parts(cell: Cell, weights: LayerWeights) -> tuple[Array, Array]:
+    """Return W_hh of all gates but the last of a cell that resets first, and of the last; else all, and none."""
+    cut = (len(cell.gates) - (1 if cell.reset else 0)) * weights.weight_hh.shape[1]
+    return weights.weight_hh[:cut], weights.weight_hh[cut:]
 
 
 # What a layer calls -------------------------------------------------------------------------------------------------
@@ -381,16 +437,22 @@ def forward(
     """
     T, B, _ = x.shape
     H, S, kept_steps = weights.weight_hh.shape[1], len(cell.states), T if keep else 1
-    ax = _product(x.reshape(T * B, -1), weights.weight_ih.T)
+    rows = len(weights.weight_ih)
+    ax = _product(x.reshape(T * B, -1), pack_transposed(weights.weight_ih), rows)
     ax += weights.bias_ih
     states = np.empty((S, T + 1, B, H), x.dtype)
     states[:, 0] = state
     allocate = np.empty if lengths.min() == T else np.zeros  # past the end nothing is saved
     saved = allocate((kept_steps, B, (cell.saved + (2 if cell.reset else 0)) * H), x.dtype)
     reset_h = np.empty((kept_steps if cell.reset else 0, B, H), x.dtype)
-    _forward_kernel(cell, x.dtype)(
-        ax.reshape(T, B, -1), weights.weight_hh, weights.bias_hh, weights.peephole, lengths, states, saved, reset_h
-    )
+    packed, packed_last = map(pack_transposed, _parts(cell, weights))
+    run = _forward_kernel(cell, x.dtype)
+    ax, biases = ax.reshape(T, B, -1), (weights.bias_hh, weights.peephole)
+
+    def work(first: int, last: int) -> None:
+        run(ax, packed, packed_last, *biases, lengths, states, saved, reset_h, first, last)
+
+    _share(work, B, 2.0 * T * B * weights.weight_hh.size)
     return LayerTrace(cell.name, x, states, saved, reset_h, lengths)
 
 
@@ -416,29 +478,25 @@ def backward(
     dax = np.empty((T, B, G * H), d_output.dtype)
     dah = dax if cell.joint else np.empty_like(dax)
     d_peephole = np.zeros((B, weights.peephole.size), d_output.dtype)
-    _backward_kernel(cell, d_output.dtype)(
-        d_output,
-        d_output_exponent if scaled else exponent,
-        weights.weight_hh,
-        weights.peephole,
-        trace.lengths,
-        trace.saved,
-        d_state,
-        exponent,
-        dax,
-        dah,
-        d_peephole,
-    )
+    packed, packed_last = map(pack, _parts(cell, weights))
+    run = _backward_kernel(cell, d_output.dtype)
+    upstream = d_output, d_output_exponent if scaled else exponent
+    results = d_state, exponent, dax, dah, d_peephole
+
+    def work(first: int, last: int) -> None:
+        run(*upstream, packed, packed_last, weights.peephole, trace.lengths, trace.saved, *results, first, last)
+
+    _share(work, B, 2.0 * T * B * weights.weight_hh.size)
     dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
-    dx = _product(dax, weights.weight_ih).reshape(T, B, -1)
+    dx = _product(dax, pack(weights.weight_ih), weights.weight_ih.shape[1]).reshape(T, B, -1)
     if scaled:
         return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
-    d_weight_hh = _product(dah.T, trace.state[0, :T].reshape(T * B, H))
+    d_weight_hh = _transposed_product(dah, trace.state[0, :T].reshape(T * B, H))
     if cell.reset:
         last = slice((G - 1) * H, None)
-        d_weight_hh[last] = _product(np.ascontiguousarray(dah[:, last]).T, trace.reset_h.reshape(T * B, H))
+        d_weight_hh[last] = _transposed_product(np.ascontiguousarray(dah[:, last]), trace.reset_h.reshape(T * B, H))
     d_weights = LayerWeights(
-        _product(dax.T, trace.x.reshape(T * B, -1)),
+        _transposed_product(dax, trace.x.reshape(T * B, -1)),
         d_weight_hh,
         dax.sum(axis=0),
         dah.sum(axis=0),
