@@ -256,7 +256,6 @@ class Study:
 
 def provenance() -> dict[str, Any]:
     """Return what numbers depend on besides their source: packages, commit, CPU, threads, GPU or why it is not used."""
-    import numba
     from llvmlite import binding
 
     from .kernels.simd import VECTOR_BYTES
@@ -283,7 +282,7 @@ def provenance() -> dict[str, Any]:
         "cpu_target": binding.get_host_cpu_name(),
         "cores": os.cpu_count(),
         "vector_bytes": VECTOR_BYTES,
-        "threads": numba.get_num_threads(),
+        "threads": kernels.threads(),
         "gpu": _stdout("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "gpu_unused_because": gpu_unused,
     }
@@ -385,10 +384,9 @@ def _measure(run: Run, point: Point, source: str) -> Outcome:
 
 
 def _measure_in_dask(run: Run, point: Point, source: str) -> Outcome:
-    import numba
 
     if "NUMBA_NUM_THREADS" not in os.environ:  # Dask itself limits the threads of OpenMP and BLAS only
-        numba.set_num_threads(1)
+        kernels.set_threads(1)
     return _measure(run, point, source)
 
 
@@ -403,9 +401,8 @@ def _start_worker() -> None:
 
 
 def _threads(jobs: int) -> int:
-    import numba
 
-    return max(1, numba.get_num_threads() // jobs)
+    return max(1, kernels.threads() // jobs)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def test_parts_give_the_same_bits(dtype):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_all_rows_and_change_no_bit(monkeypatch, threads):
-    monkeypatch.setattr(cpu, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "threads", lambda: threads)
     parts = []
     cpu._share(lambda first, last: parts.append((first, last)), 10, 1e12)
     assert len(parts) == threads
@@ -84,7 +84,7 @@ def test_threads_change_no_bit_of_a_network(monkeypatch, cell):
     monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1.0)
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
         trace = net.forward(x)
         gradients = net.backward(trace, d_output)
         results.append([trace.output, gradients.x, gradients.params.flat, gradients.h[0]])

@@ -7,9 +7,20 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import config
 from numpy.typing import NDArray
 
-__all__ = ["DEVICES", "DeviceNotAvailable", "LayerGradients", "LayerTrace", "LayerWeights", "available", "backend"]
+__all__ = [
+    "DEVICES",
+    "DeviceNotAvailable",
+    "LayerGradients",
+    "LayerTrace",
+    "LayerWeights",
+    "available",
+    "backend",
+    "set_threads",
+    "threads",
+]
 
 Array = NDArray[Any]
 
@@ -32,6 +43,19 @@ def backend(device: str) -> ModuleType:
     if device == "cuda":
         raise DeviceNotAvailable("device 'cuda' cannot be used: this version of rnnlab has kernels for the CPU only")
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+def threads() -> int:
+    """Return how many threads a kernel may use: NUMBA_NUM_THREADS of the environment, by default one a core.
+
+    Numba's own thread pool is never started: its OpenMP would spin on the cores of PyTorch's, which is another.
+    """
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def set_threads(count: int) -> None:
+    """Set what `threads` returns, for this process."""
+    config.NUMBA_NUM_THREADS = count  # type: ignore[attr-defined]
 
 
 def available(device: str) -> str | None:

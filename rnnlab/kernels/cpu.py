@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
-from numba import get_num_threads, njit
+from numba import njit
 from numpy.typing import DTypeLike, NDArray
 
 from ..activations import scalar
 from ..cells import CELLS, Cell
-from . import Array, LayerGradients, LayerTrace, LayerWeights
+from . import Array, LayerGradients, LayerTrace, LayerWeights, threads
 from .compiling import kernel
 from .products import add_transposed, columns_of, multiply, pack, pack_transposed, product
 from .simd import VECTOR_BYTES, move_vector
@@ -387,8 +387,8 @@ _WORTH_A_THREAD = 2e7
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="rnnlab")
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="rnnlab")
 
 
 def _share(work: Callable[[int, int], object], rows: int, flops: float) -> None:
@@ -396,9 +396,9 @@ def _share(work: Callable[[int, int], object], rows: int, flops: float) -> None:
 
     Every row is computed alike in whatever part it lies: the number of threads changes no bit.
     """
-    threads = max(1, min(get_num_threads(), rows, int(flops / _WORTH_A_THREAD)))
-    edges = [rows * k // threads for k in range(threads + 1)]
-    others = [_pool(threads - 1).submit(work, *edges[k : k + 2]) for k in range(1, threads)]
+    count = max(1, min(threads(), rows, int(flops / _WORTH_A_THREAD)))
+    edges = [rows * k // count for k in range(count + 1)]
+    others = [_pool(count - 1).submit(work, *edges[k : k + 2]) for k in range(1, count)]
     work(*edges[:2])
     for other in others:
         other.result()
