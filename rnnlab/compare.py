@@ -1,17 +1,19 @@
 """Our kernels against the peers: the same problems, checked, interleaved, as one tidy table."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from .checks import check_choice
-from .costs import Shape, arithmetic, roofline_seconds, traffic
+from .costs import Shape, arithmetic, memory, roofline_seconds, traffic
 from .peers import PEERS, NotApplicable, Problem, Run, prepare_rnnlab, tolerance, worst_error
 from .plots import bars, caption, panels, roofline
-from .timing import bandwidth, cuda_clock, interleave, peak_flops, ratio, wall_clock
+from .timing import Seconds, bandwidth, cuda_clock, interleave, peak_flops, ratio, wall_clock
 
 __all__ = ["SHAPE_SETS", "compare", "crossing", "draw", "fastest", "problems", "shapes", "table", "worst_ratio"]
 
@@ -31,6 +33,9 @@ DEEPBENCH = {
 
 #: The columns that name a problem.
 _PROBLEM = ("cell", "steps", "batch", "input_size", "hidden_size", "scope", "dtype", "device", "threads")
+
+#: Visits among which the rounds of a problem are split, and the bytes that problems may hold between them.
+VISITS, GROUP_BYTES = 4, 2**30
 
 Row = dict[str, Any]
 
@@ -75,12 +80,17 @@ def problems(
 
 
 def compare(
-    todo: Sequence[Problem], peers: Sequence[str], *, seconds: float = 2.0, progress: Callable[..., Any] = iter
+    todo: Sequence[Problem],
+    peers: Sequence[str],
+    *,
+    seconds: float = 2.0,
+    progress: Callable[..., Any] | None = None,
 ) -> pd.DataFrame:
     """Measure rnnlab and `peers` on every problem and return one row a problem and implementation.
 
     Every implementation is first checked against our float64 result; one that is wrong is not timed. `seconds` is the
-    time of the interleaved rounds of one problem; `progress` wraps the iteration.
+    time of the interleaved rounds of one problem. A machine is slower for seconds at a time: the rounds are split into
+    visits between which the other problems have their turn. `progress` makes a tqdm-like bar.
 
     Columns: the problem (cell, steps, batch, input_size, hidden_size, scope, dtype, device, threads); implementation;
     status ("ok", or why there is no time); error (relative, against float64) and tolerance; milliseconds with
@@ -93,17 +103,47 @@ def compare(
         check_choice("peers", name, PEERS)
     limits: dict[tuple[str, int], tuple[float, float]] = {}
     rows: list[Row] = []
-    for problem in progress(todo):
-        key = (problem.storage, problem.threads)
-        if key not in limits:
-            limits[key] = peak_flops(problem.storage, problem.threads), bandwidth(problem.threads)
-        rows += _measure(problem, peers, seconds, limits[key])
+    with (progress or partial(tqdm, disable=True))(total=len(todo)) as bar:
+        for group in _groups(todo):
+            checked = [_check(problem, peers) for problem in group]
+            times: list[dict[str, Seconds]] = [{} for _ in group]
+            for visit in range(VISITS):
+                for problem, (runs, _, _), before in zip(group, checked, times, strict=True):
+                    clock = cuda_clock if problem.device == "cuda" else wall_clock
+                    now = interleave(runs, seconds=seconds / VISITS, rounds=(3, 200), clock=clock)
+                    before |= {name: np.append(before.get(name, []), spent) for name, spent in now.items()}
+                    bar.update(visit == VISITS - 1)
+            for problem, (_, status, errors), spent in zip(group, checked, times, strict=True):
+                key = (problem.storage, problem.threads)
+                if key not in limits:
+                    limits[key] = peak_flops(problem.storage, problem.threads), bandwidth(problem.threads)
+                rows += _rows(problem, status, errors, spent, limits[key])
     return pd.DataFrame(rows)
 
 
-def _measure(problem: Problem, peers: Sequence[str], seconds: float, limits: tuple[float, float]) -> Iterator[Row]:
+def _groups(todo: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Cut the problems into groups whose implementations fit into memory together."""
+    group: list[Problem] = []
+    held = 0
+    for problem in todo:
+        size = memory(problem.shape, problem.storage).total
+        if group and held + size > GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(problem)
+        held += size
+    if group:
+        yield group
+
+
+def _check(
+    problem: Problem, peers: Sequence[str]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
+    """Return what can be timed, the status of every implementation, and the error of each that ran."""
     reference = _first(prepare_rnnlab(Problem(problem.shape, problem.scope, "float64", seed=problem.seed)))
-    bound, runs, status, errors = tolerance(problem), {}, {}, {}
+    runs: dict[str, Callable[[], Any]] = {}
+    status: dict[str, str] = {}
+    errors: dict[str, float] = {}
     for name in ("rnnlab", *peers):
         peer = PEERS.get(name)
         if peer is not None and (problem.device not in peer.devices or peer.missing()):
@@ -115,14 +155,22 @@ def _measure(problem: Problem, peers: Sequence[str], seconds: float, limits: tup
         except NotApplicable as reason:
             status[name] = str(reason)
             continue
-        status[name] = "ok" if errors[name] <= bound else "wrong"
+        status[name] = "ok" if errors[name] <= tolerance(problem) else "wrong"
         if status[name] == "ok":
             runs[name] = run.call
-    clock = cuda_clock if problem.device == "cuda" else wall_clock
-    times = interleave(runs, seconds=seconds, clock=clock) if runs else {}
+    return runs, status, errors
+
+
+def _rows(
+    problem: Problem,
+    status: dict[str, str],
+    errors: dict[str, float],
+    times: dict[str, Seconds],
+    limits: tuple[float, float],
+) -> Iterator[Row]:
     shape, counted = problem.shape, "forward" if problem.scope == "forward" else "training"
     flops, moved = arithmetic(shape, counted), traffic(shape, counted, problem.storage)
-    for name in ("rnnlab", *peers):
+    for name in status:
         row: Row = {
             "cell": shape.cell,
             "steps": shape.steps,
@@ -136,7 +184,7 @@ def _measure(problem: Problem, peers: Sequence[str], seconds: float, limits: tup
             "implementation": name,
             "status": status[name],
             "error": errors.get(name),
-            "tolerance": bound,
+            "tolerance": tolerance(problem),
         }
         if name in times:
             spent = pd.Series(times[name]).quantile([0.5, 0.25, 0.75]).tolist()
