@@ -90,7 +90,10 @@ def _forward_kernel(cell: Cell, dtype):
         """Fill state[:, 1:], saved and reset_h of sequences first…last; `saved` may be one step, then written anew."""
         T, B, H, rows = ax.shape[0], ax.shape[1], state.shape[3], last - first
         ah, panel = np.empty(rows * G * H, ax.dtype), np.zeros(SIZE, ax.dtype)
-        scratch = np.empty(rows * max(columns_of(ax), G * H), ax.dtype)
+        scratch, work = (
+            np.empty(rows * columns_of(ax), ax.dtype),
+            np.empty(rows * (G - 1) * H if RESET else 0, ax.dtype),
+        )
         flat_ax, flat_state, flat_saved = ax.reshape(-1), state.reshape(-1), saved.reshape(-1)
         for t in range(T):
             slot = t if saved.shape[0] == T else 0
@@ -106,6 +109,7 @@ def _forward_kernel(cell: Cell, dtype):
                     saved[slot, rest],
                     reset_h[slot, rest],
                     scratch,
+                    work,
                 )
             else:
                 multiply(ah, 0, flat_state, (t * B + first) * H, packed, rows, G * H, scratch)
@@ -150,11 +154,10 @@ def _reset_forward(cell: Cell):
     reset, _ = cell.reset
 
     @njit(error_model="numpy")
-    def product_after_reset(packed, packed_last, bias_hh, ax, h, ah, saved, reset_h, scratch):
+    def product_after_reset(packed, packed_last, bias_hh, ax, h, ah, saved, reset_h, scratch, part):
         """Fill ah (B, G·H): W_hh h for all gates but the last, W_hn (r ∘ h) for the last; keep r ∘ h in reset_h."""
         B, H = h.shape
         head = (G - 1) * H
-        part = np.empty(B * head, ah.dtype)
         multiply(part, 0, h.reshape(-1), 0, packed, B, head, scratch)
         for b in range(B):
             for j in range(head):
@@ -206,7 +209,7 @@ def _backward_kernel(cell: Cell, dtype):
         """
         T, B, H, rows = dax.shape[0], dax.shape[1], d_state.shape[3], last - first
         dh, panel = np.empty(rows * H, dax.dtype), np.zeros(SIZE, dax.dtype)
-        scratch = np.empty(rows * max(columns_of(dax), G * H), dax.dtype)
+        scratch, work = np.empty(rows * columns_of(dax), dax.dtype), np.empty(rows * G * H if RESET else 0, dax.dtype)
         flat_state, flat_saved, flat_dax, flat_dah = (
             d_state.reshape(-1),
             saved.reshape(-1),
@@ -264,7 +267,7 @@ def _backward_kernel(cell: Cell, dtype):
                         _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, TOTAL + s * V, n)
             if RESET:
                 rest = slice(first, last)
-                product_before_reset(packed, packed_last, saved[t, rest], dah[t, rest], dh, scratch)
+                product_before_reset(packed, packed_last, saved[t, rest], dah[t, rest], dh, scratch, work)
             else:
                 multiply(dh, 0, flat_dah, (t * B + first) * G * H, packed, rows, H, scratch)
             for b in range(first, last):
@@ -281,24 +284,24 @@ def _reset_backward(cell: Cell):
     _, reset_backward = cell.reset
 
     @njit(error_model="numpy")
-    def product_before_reset(packed, packed_last, saved, da, dh, scratch):
+    def product_before_reset(packed, packed_last, saved, da, dh, scratch, part):
         """Fill dh (B, H), dL/dh_{t−1} through both products, and the block of the reset gate in da (B, G·H)."""
         B, H = da.shape[0], da.shape[1] // G
         head = (G - 1) * H
-        part, d_reset = np.empty(B * head, da.dtype), np.empty(B * H, da.dtype)
+        d_reset = B * head  # where dL/d(r ∘ h) begins in `part`
         for b in range(B):
             for j in range(H):
                 part[b * H + j] = da[b, head + j]
-        multiply(d_reset, 0, part, 0, packed_last, B, H, scratch)
+        multiply(part, d_reset, part, 0, packed_last, B, H, scratch)
         for b in range(B):
             for j in range(H):
                 kept = (saved[b, K * H + j], saved[b, (K + 1) * H + j])
-                da[b, j], d_reset[b * H + j] = reset_backward(kept, d_reset[b * H + j])
+                da[b, j], part[d_reset + b * H + j] = reset_backward(kept, part[d_reset + b * H + j])
             for j in range(head):
                 part[b * head + j] = da[b, j]
         multiply(dh, 0, part, 0, packed, B, H, scratch)
         for j in range(B * H):
-            dh[j] += d_reset[j]
+            dh[j] += part[d_reset + j]
 
     return product_before_reset
 
