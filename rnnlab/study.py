@@ -48,6 +48,7 @@ __all__ = ["DTYPES", "Options", "Study", "flags", "provenance"]
 DTYPES = ("float32", "float64")
 FIGURES = ("figure.svg", "figure.png")
 PACKAGES = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
+PACKAGES += ("torch", "jax", "onnxruntime")
 THREAD_LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Point = dict[str, Any]
@@ -256,9 +257,7 @@ class Study:
 
 def provenance() -> dict[str, Any]:
     """Return what numbers depend on besides their source: packages, commit, CPU, threads, GPU or why it is not used."""
-    from llvmlite import binding
-
-    from .kernels.simd import VECTOR_BYTES
+    from .kernels.simd import CPU, VECTOR_BYTES
 
     packages = {}
     for package in PACKAGES:
@@ -279,7 +278,7 @@ def provenance() -> dict[str, Any]:
         "git_commit": _stdout(*git, "rev-parse", "HEAD") if tracked else None,
         "git_dirty": bool(_stdout(*git, "status", "--porcelain")) if tracked else None,
         "cpu": (_stdout("grep", "-m1", "model name", "/proc/cpuinfo") or "").partition(": ")[2] or platform.processor(),
-        "cpu_target": binding.get_host_cpu_name(),
+        "cpu_target": CPU,
         "cores": os.cpu_count(),
         "vector_bytes": VECTOR_BYTES,
         "threads": kernels.threads(),

@@ -173,6 +173,54 @@ def _reset_forward(cell: Cell):
     return product_after_reset
 
 
+# The log-scaled adjoint ---------------------------------------------------------------------------------------------
+
+
+@njit
+def _largest(values):
+    """Return the exponent e of the largest magnitude, in [2^(e−1), 2^e), and whether there is one that is not zero."""
+    largest = abs(values[0])
+    for v in values:
+        largest = max(largest, abs(v))
+    return math.frexp(largest)[1], largest > 0
+
+
+@njit
+def _power_of_two(n, dtype):
+    """Return 2ⁿ as two factors that are both normal numbers; n is cut off where the product with any number is."""
+    limit = 2 * np.finfo(dtype).maxexp - 4
+    n = max(min(n, limit), -limit)
+    half = n // 2
+    return math.ldexp(dtype.type(1), half), math.ldexp(dtype.type(1), n - half)
+
+
+@njit
+def _add_scaled(d_state, exponent, direct, direct_exponent):
+    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
+
+    Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
+    """
+    S, H = d_state.shape
+    top, found = direct_exponent, False
+    for s in range(S):
+        e, nonzero = _largest(d_state[s])
+        if nonzero:
+            top, found = max(top, exponent + e) if found else exponent + e, True
+    e, nonzero = _largest(direct)
+    if nonzero:
+        top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
+    if not found:
+        return exponent
+    low, high = _power_of_two(exponent - top, d_state.dtype)
+    for s in range(S):
+        for j in range(H):
+            d_state[s, j] = d_state[s, j] * low * high
+    low, high = _power_of_two(direct_exponent - top, d_state.dtype)
+    for j in range(H):
+        d_state[0, j] += direct[j] * low * high
+    return top
+
+
 # Backward -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,20 +268,9 @@ def _backward_kernel(cell: Cell, dtype):
         for t in range(T - 1, -1, -1):
             for b in range(first, last):
                 if t >= lengths[b]:
-                    d_state[:, t, b] = d_state[:, t + 1, b]
-                    dax[t, b] = 0
-                    dah[t, b] = 0
-                    if exponent.shape[0] > 0:
-                        exponent[t, b] = exponent[t + 1, b]
+                    _pass_through(d_state, exponent, dax, dah, t, b)
                     continue
-                if exponent.shape[0] > 0:
-                    exponent[t, b] = _add_scaled(
-                        d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
-                    )
-                    exponent[t + 1, b] = exponent[t, b]
-                else:
-                    for j in range(H):
-                        d_state[0, t + 1, b, j] += d_output[t, b, j]
+                _receive(d_state, exponent, d_output, d_output_exponent, t, b)
                 row, old, kept = (t * B + b) * G * H, (t * B + b) * H, (t * B + b) * saved.shape[2]
                 for j in range(0, H, V):
                     n = min(V, H - j)
@@ -277,6 +314,27 @@ def _backward_kernel(cell: Cell, dtype):
     return backward
 
 
+@njit
+def _pass_through(d_state, exponent, dax, dah, t, b):
+    """Past the end of a sequence its state is held: the adjoint goes back as it is, and no weight has a share."""
+    d_state[:, t, b] = d_state[:, t + 1, b]
+    dax[t, b] = 0
+    dah[t, b] = 0
+    if exponent.shape[0] > 0:
+        exponent[t, b] = exponent[t + 1, b]
+
+
+@njit
+def _receive(d_state, exponent, d_output, d_output_exponent, t, b):
+    """Add the direct gradient of h_{t+1} to the adjoint at its slot."""
+    if exponent.shape[0] > 0:
+        top = _add_scaled(d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b])
+        exponent[t, b] = exponent[t + 1, b] = top
+    else:
+        for j in range(d_output.shape[2]):
+            d_state[0, t + 1, b, j] += d_output[t, b, j]
+
+
 @cache
 def _reset_backward(cell: Cell):
     """Build the backward of `_reset_forward`."""
@@ -304,54 +362,6 @@ def _reset_backward(cell: Cell):
             dh[j] += part[d_reset + j]
 
     return product_before_reset
-
-
-# The log-scaled adjoint ---------------------------------------------------------------------------------------------
-
-
-@njit
-def _largest(values):
-    """Return the exponent e of the largest magnitude, in [2^(e−1), 2^e), and whether there is one that is not zero."""
-    largest = abs(values[0])
-    for v in values:
-        largest = max(largest, abs(v))
-    return math.frexp(largest)[1], largest > 0
-
-
-@njit
-def _power_of_two(n, dtype):
-    """Return 2ⁿ as two factors that are both normal numbers; n is cut off where the product with any number is."""
-    limit = 2 * np.finfo(dtype).maxexp - 4
-    n = max(min(n, limit), -limit)
-    half = n // 2
-    return math.ldexp(dtype.type(1), half), math.ldexp(dtype.type(1), n - half)
-
-
-@njit
-def _add_scaled(d_state, exponent, direct, direct_exponent):
-    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
-
-    Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
-    """
-    S, H = d_state.shape
-    top, found = direct_exponent, False
-    for s in range(S):
-        e, nonzero = _largest(d_state[s])
-        if nonzero:
-            top, found = max(top, exponent + e) if found else exponent + e, True
-    e, nonzero = _largest(direct)
-    if nonzero:
-        top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
-    if not found:
-        return exponent
-    low, high = _power_of_two(exponent - top, d_state.dtype)
-    for s in range(S):
-        for j in range(H):
-            d_state[s, j] = d_state[s, j] * low * high
-    low, high = _power_of_two(direct_exponent - top, d_state.dtype)
-    for j in range(H):
-        d_state[0, j] += direct[j] * low * high
-    return top
 
 
 # Jacobian -----------------------------------------------------------------------------------------------------------

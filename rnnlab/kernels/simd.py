@@ -10,7 +10,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["CHAINS", "VECTOR_BYTES", "move_vector", "run_chains", "tile"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "move_vector", "run_chains", "tile"]
 
 
 def _vector_bytes() -> int:
@@ -19,6 +19,9 @@ def _vector_bytes() -> int:
         return 64
     return 32 if features.get("avx2") else 16
 
+
+#: LLVM's name of this CPU.
+CPU = binding.get_host_cpu_name()
 
 #: Bytes in one vector register of this CPU: 64 (AVX-512), 32 (AVX2) or 16 (NEON, SSE).
 VECTOR_BYTES = _vector_bytes()
