@@ -47,8 +47,8 @@ __all__ = ["DTYPES", "Options", "Study", "flags", "provenance"]
 
 DTYPES = ("float32", "float64")
 FIGURES = ("figure.svg", "figure.png")
-PACKAGES = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
-PACKAGES += ("torch", "jax", "onnxruntime")
+COMPUTING = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "torch", "jax", "onnxruntime")
+PACKAGES = (*COMPUTING, "pandas", "matplotlib", "seaborn")
 THREAD_LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Point = dict[str, Any]
