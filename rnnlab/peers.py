@@ -300,14 +300,35 @@ def _jax_step(cell: str) -> tuple[int, Callable[..., Any]]:
     return steps[cell]
 
 
-def prepare_jax(problem: Problem) -> Run:
-    """Prepare a jitted lax.scan, unrolled four steps, with the product of all inputs hoisted out of it."""
+def _jax_cudnn(shape: Shape) -> Callable[[dict[str, Any], Any], Any]:
+    """Return cuDNN's LSTM as JAX calls it: batch first, the parameters in one vector in our order, IEEE float32."""
+    from jax import lax
+    from jax import numpy as jnp
+    from jax.experimental import rnn
+
+    if shape.cell != "lstm":
+        raise NotApplicable(f"JAX calls cuDNN for the LSTM only, not for {shape.cell}")
+    start = np.zeros((1, shape.batch, shape.hidden_size), np.float32)
+    lengths = np.full(shape.batch, shape.steps, np.int32)
+
+    def forward(params: dict[str, Any], x: Any) -> Any:
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        weights = jnp.concatenate([params[name].ravel() for name in names])
+        sizes = shape.input_size, shape.hidden_size, 1, 0.0, False
+        output = rnn.lstm(x.swapaxes(0, 1), start, start, weights, lengths, *sizes, precision=lax.Precision.HIGHEST)[0]
+        return output.swapaxes(0, 1)
+
+    return forward
+
+
+def prepare_jax(problem: Problem, cudnn: bool = False) -> Run:
+    """Prepare a jitted lax.scan, unrolled four steps, the product of all inputs hoisted; or cuDNN through JAX."""
     import jax
     from jax import lax
     from jax import numpy as jnp
 
     shape = problem.shape
-    if problem.dtype not in ("float32", "float64"):
+    if problem.dtype != "float32" and (cudnn or problem.dtype != "float64"):
         raise NotApplicable(f"the JAX peer has no {problem.dtype}")
     if shape.num_layers != 1 or shape.bidirectional:
         raise NotApplicable("the JAX peer has one layer in one direction")
@@ -318,11 +339,13 @@ def prepare_jax(problem: Problem) -> Run:
     states, step = _jax_step(shape.cell)
     zero = np.zeros((shape.batch, shape.hidden_size), problem.dtype)
 
-    def forward(params: dict[str, Any], x: Any) -> Any:
+    def scan(params: dict[str, Any], x: Any) -> Any:
         ax = x @ params["weight_ih_l0"].T + params["bias_ih_l0"]
         weight, bias = params["weight_hh_l0"], params["bias_hh_l0"]
         start = zero if states == 1 else (zero, zero)
         return lax.scan(lambda state, row: step(state, weight, bias, row), start, ax, unroll=4)[1]
+
+    forward = _jax_cudnn(shape) if cudnn else scan
 
     def train(params: dict[str, Any], x: Any, upstream: Any) -> Any:
         output, pullback = jax.vjp(forward, params, x)
@@ -427,10 +450,11 @@ def prepare_onnxruntime(problem: Problem) -> Run:
     return Run(lambda: session.run_with_iobinding(binding), result)
 
 
-#: Peers by name; cudnn is PyTorch's on a GPU, eager and as the replay of a CUDA graph.
+#: Peers by name; cudnn is PyTorch's on a GPU, eager and as the replay of a CUDA graph; jax_cudnn is JAX's.
 PEERS: dict[str, Peer] = {
     "torch": Peer("torch", ("cpu",), prepare_torch),
     "jax": Peer("jax", ("cpu", "cuda"), prepare_jax),
+    "jax_cudnn": Peer("jax", ("cuda",), partial(prepare_jax, cudnn=True)),
     "onnxruntime": Peer("onnxruntime", ("cpu",), prepare_onnxruntime),
     "cudnn": Peer("torch", ("cuda",), prepare_torch),
     "cudnn_graph": Peer("torch", ("cuda",), partial(prepare_torch, graph=True)),

@@ -150,7 +150,7 @@ def test_a_wrong_result_fails(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--peers", "theano"], 2, "'theano' is not one of torch, jax, onnxruntime, cudnn, cudnn_graph"),
+        (["--peers", "theano"], 2, "'theano' is not one of torch, jax, jax_cudnn, onnxruntime, cudnn, cudnn_graph"),
         (["--cells", "gru,elman"], 2, "'elman' is not one of rnn_tanh"),
         (["--dtypes", "int8"], 2, "'int8' is not one of float32, float64, tf32, bf16, fp16"),
         (["--shapes", "tiny"], 2, "small, medium, large, reference, deepbench or T,B,I,H, got 'tiny'"),

@@ -95,3 +95,12 @@ def test_what_cannot_run_says_why():
         peers.prepare_rnnlab(problem(device="cuda"))
     with pytest.raises(peers.NotApplicable, match="rnnlab has no bf16 on the CPU"):
         peers.prepare_rnnlab(problem(dtype="bf16"))
+
+
+def test_parameters_lie_in_the_order_of_the_cudnn_peer():
+    """JAX's own unpacking of cuDNN's vector gives our arrays back."""
+    rnn = pytest.importorskip("jax.experimental.rnn")
+    params = problem("lstm").network().params
+    unpacked = rnn.unpack_lstm_weights(params.flat, 4, 9, 1, False)
+    for name, part in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), unpacked, strict=True):
+        np.testing.assert_array_equal(part[0], params[f"{name}_l0"])
