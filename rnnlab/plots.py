@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 __all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "roofline"]
 
@@ -82,11 +82,14 @@ def half_lives(
 
 
 def curves(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, style: str) -> None:
-    """Draw lines with markers and the bands `low_y` to `high_y`, coloured by `hue`, dashed by `style`."""
+    """Draw lines and the bands `low_y` to `high_y` on logarithmic axes, coloured by `hue`, dashed by `style`."""
     for colour, (shade, part) in zip(PALETTE, frame.groupby(hue, sort=False), strict=False):
         for dash, (name, line) in zip(("o-", "s--"), part.groupby(style, sort=False), strict=False):
             ax.plot(line[x], line[y], dash, color=colour, markersize=4, label=f"{shade}, {name}")
             ax.fill_between(line[x], line[f"low_{y}"], line[f"high_{y}"], color=colour, alpha=0.2, linewidth=0)
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks(sorted(set(frame[x])), [f"{size:g}" for size in sorted(set(frame[x]))], fontsize=8)
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.legend(fontsize=8)
 
 

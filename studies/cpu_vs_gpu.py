@@ -82,9 +82,7 @@ def plot(frame: pd.DataFrame) -> Figure:
             curves(ax, times[here], x="size", y="step_microseconds", hue="cell", style="measured_on")
             stars = crossings[(crossings["scope"] == scope) & (crossings["sweep"] == sweep)]
             ax.plot(stars["size"], stars["step_microseconds"], "k*", markersize=10)
-            ax.set(
-                xscale="log", yscale="log", xlabel=sweep.replace("_", " "), ylabel="time of a step [µs]", title=scope
-            )
+            ax.set(xlabel=sweep.replace("_", " "), ylabel="time of a step [µs]", title=scope)
         roofline(axes[4 * row + 3], times[times["scope"] == scope], hue="measured_on")
     devices = "CPU and GPU" if "cuda" in set(times["measured_on"]) else "no GPU on this machine: the CPU alone"
     fixed = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in BASE.items())
