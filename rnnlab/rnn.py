@@ -161,9 +161,7 @@ class Recurrent:
 
         Raises TypeError for another dtype; ValueError for another shape, an empty sequence or numbers not finite.
         """
-        x = check_array(
-            "x", x, ("T", "B", self.input_size), self.dtype, past=lambda x: _past_end("lengths", lengths, x)
-        )
+        x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=lambda x: _past_end(lengths, x))
         T, B, _ = x.shape
         steps = check_lengths("lengths", lengths, B, T)
         initial = self._stack_state("state", state, B)
@@ -187,7 +185,7 @@ class Recurrent:
                 layers.append(trace)
                 h = trace.state[0, 1:]
                 if lengths is not None:
-                    h = np.where(_past_end("lengths", steps, h), self.dtype.type(0), h)
+                    h = np.where(_past_end(steps, h), self.dtype.type(0), h)
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
@@ -202,7 +200,7 @@ class Recurrent:
         """
         self._check_trace(trace)
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
-        past = _past_end("lengths", trace.lengths, trace.output)
+        past = _past_end(trace.lengths, trace.output)
         d_output = check_array("d_output", d_output, shape, self.dtype, past=lambda _: past)
         return self.gradients(trace, d_output, d_final)
 
@@ -266,6 +264,7 @@ class Recurrent:
             one = backend("cpu").direct(self.cell, trace.layers[k], self._weights(k), layer.direct)
             assert layer.direct_exponent is not None
             single.append(one._replace(exponent=one.exponent + layer.direct_exponent.reshape(-1)))
+        # Slot 0 of the exponents is not read: dL/dx of step t has that of slot t + 1.
         slots = [np.concatenate([one.exponent[:1, :B], one.exponent[1].reshape(T, B)]) for one in single]
         first = [
             one._replace(x=one.x.reshape(T, B, -1), exponent=exponent)
@@ -327,9 +326,9 @@ def _reverse(values: Array, lengths: NDArray[np.int64]) -> Array:
     return values[index, np.arange(values.shape[1])]
 
 
-def _past_end(name: str, lengths: Any, values: Array) -> NDArray[np.bool_]:
+def _past_end(lengths: Any, values: Array) -> NDArray[np.bool_]:
     """Return (T, B, 1): where `values` (T, B, …) lies past the end of its sequence."""
-    steps = check_lengths(name, lengths, values.shape[1], values.shape[0])
+    steps = check_lengths("lengths", lengths, values.shape[1], values.shape[0])
     past: NDArray[np.bool_] = (np.arange(values.shape[0])[:, None] >= steps)[:, :, None]
     return past
 
