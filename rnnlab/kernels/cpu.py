@@ -2,19 +2,21 @@
 
 Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h and c), P peepholes, K numbers saved.
 
-    x (T, B, I)      ax, dax, dah (T, B, G·H)       state, d_state (S, T+1, B, H), slot 0 is the initial state
-    ah (B, G·H)      weight_hh (G·H, H)             saved (T, B, K·H); block k holds number k of every unit
+    x (T, B, I)      weight_ih (G·H, I), weight_hh (G·H, H)      state, d_state (S, T+1, B, H), slot 0 is the initial one
 
-Each kernel is made once from a cell's `step` and `step_backward`. The product with the inputs of all steps is one large
-product before the time loop, the weight gradients are large products after it; in the loop stay W_hh and the cell.
+V units fill one vector register; U such vectors hold all H, the last one padded. What stays inside is kept in that
+order: ax, dax and dah are (T, B, U, G, V), `saved` is (T, B, U, K, V).
 
-The cell works on panels of V units, V filling one vector register. The arguments and results of `step` are rows of one
-small array, because only then can LLVM prove that loads and stores never overlap, and turn the loop into vector code.
+Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product with
+W_hh leaves the sums of all gates of a few sequences and units in a small panel, where the cell takes them up at once;
+going back, dL/dh leaves the tile for `step_backward` in the same way. Products that need no recurrence (with the inputs,
+dL/dx, the gradients of weights) are taken for a chunk of steps at a time, while the chunk is in cache.
+
+The arguments and results of `step` lie in one small array, because only then can LLVM prove that loads and stores never
+overlap, and turn the loop over V units into vector code.
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -23,20 +25,43 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..activations import scalar
 from ..cells import CELLS, Cell
-from . import Array, LayerGradients, LayerTrace, LayerWeights, threads
+from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
-from .products import add_transposed, columns_of, multiply, pack, pack_transposed, product
-from .simd import VECTOR_BYTES, move_vector
+from .products import (
+    add_sums,
+    add_transposed,
+    blocks,
+    move,
+    multiply,
+    pack_columns,
+    pack_gates,
+    panel_units,
+    scratch_size,
+    share,
+    width_at,
+)
+from .simd import VECTOR_BYTES, wait_for_all
+from .team import empty, plan, run_together
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
+
+#: Rows (steps times batch) in a chunk.
+_CHUNK = 256
+
+#: Rows of the largest tile.
+_ROWS = 8
 
 
 # Panels: V units side by side ---------------------------------------------------------------------------------------
 
 
-def _rows(V, *counts):
-    """Return where each group of rows of a panel begins, and its size."""
-    return [V * sum(counts[:k]) for k in range(len(counts) + 1)]
+def _regions(*sizes):
+    """Return where each of the regions begins that follow each other, and where the last one ends."""
+    return [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+
+
+# Indices are unsigned, because what Numba does for negative ones would keep LLVM from seeing that panels lie apart.
+_index = np.uintp
 
 
 @cache
@@ -45,7 +70,7 @@ def _take(count):
     if count == 0:
         return scalar(lambda a, first, stride: ())
     rest, last = _take(count - 1), count - 1
-    return scalar(lambda a, first, stride: (*rest(a, first, stride), a[first + last * stride]))
+    return scalar(lambda a, first, stride: (*rest(a, first, stride), a[_index(first + last * stride)]))
 
 
 @cache
@@ -58,119 +83,247 @@ def _put(count, add=False):
     @scalar
     def put(a, first, stride, values):
         rest(a, first, stride, values)
-        a[first + last * stride] = a[first + last * stride] + values[last] if add else values[last]
+        i = _index(first + last * stride)
+        a[i] = a[i] + values[last] if add else values[last]
 
     return put
 
 
-@njit(forceinline=True)
-def _copy(target, to, source, start, count):
-    """target[to : to + count] = source[start : start + count] for at most one panel: whole, but for a row's last."""
-    if count == VECTOR_BYTES // target.itemsize:
-        move_vector(target, to, source, start)
-    else:
-        for v in range(count):
-            target[to + v] = source[start + v]
+#: The decorator of a loop over the units of a panel.
+panel_loop = njit(error_model="numpy", fastmath={"contract"}, forceinline=True)
+
+
+@cache
+def _nothing(count, dtype):
+    """Return `count` times −0, which changes no number that it is added to."""
+    return (dtype.type(-0.0),) * count
 
 
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _forward_kernel(cell: Cell, dtype):
-    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
-    V = VECTOR_BYTES // dtype.itemsize
-    AX, AH, BIAS, PEEPHOLE, OLD, NEW, SAVED, SIZE = _rows(V, G, G, G, P, S, S, K)
-    RESET = cell.reset is not None
-    step, product_after_reset = cell.step, _reset_forward(cell) if RESET else None
-    take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
+def _forward_panel(cell: Cell, V: int):
+    """Regions of the panel of V units: gate sums, ax where it is apart, peephole, old and new state, saved."""
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    return _regions(*(V * n for n in (G, 0 if cell.joint else G, P, S, S, _saved(cell))))
 
-    @kernel(f"{cell.name}-{dtype}", step)
-    def forward(ax, packed, packed_last, bias_hh, peephole, lengths, state, saved, reset_h, first, last):
-        """Fill state[:, 1:], saved and reset_h of sequences first…last; `saved` may be one step, then written anew."""
-        T, B, H, rows = ax.shape[0], ax.shape[1], state.shape[3], last - first
-        ah, panel = np.empty(rows * G * H, ax.dtype), np.zeros(SIZE, ax.dtype)
-        scratch, work = (
-            np.empty(rows * columns_of(ax), ax.dtype),
-            np.empty(rows * (G - 1) * H if RESET else 0, ax.dtype),
-        )
-        flat_ax, flat_state, flat_saved = ax.reshape(-1), state.reshape(-1), saved.reshape(-1)
-        for t in range(T):
-            slot = t if saved.shape[0] == T else 0
-            if RESET:
-                rest = slice(first, last)
-                product_after_reset(
-                    packed,
-                    packed_last,
-                    bias_hh,
-                    ax[t, rest],
-                    state[0, t, rest],
-                    ah,
-                    saved[slot, rest],
-                    reset_h[slot, rest],
-                    scratch,
-                    work,
-                )
-            else:
-                multiply(ah, 0, flat_state, (t * B + first) * H, packed, rows, G * H, scratch)
-            for b in range(first, last):
-                if t >= lengths[b]:
-                    state[:, t + 1, b] = state[:, t, b]
-                    continue
-                row, old, kept = (t * B + b) * G * H, (t * B + b) * H, (slot * B + b) * saved.shape[2]
-                for j in range(0, H, V):
-                    n = min(V, H - j)
-                    for g in range(G):
-                        _copy(panel, AX + g * V, flat_ax, row + g * H + j, n)
-                        _copy(panel, AH + g * V, ah, (b - first) * G * H + g * H + j, n)
-                        _copy(panel, BIAS + g * V, bias_hh, g * H + j, n)
-                    for p in range(P):
-                        _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
-                    for s in range(S):
-                        _copy(panel, OLD + s * V, flat_state, s * (T + 1) * B * H + old + j, n)
-                    for v in range(G * V):
-                        panel[AH + v] += panel[BIAS + v]
-                    for v in range(V):
-                        new, partials = step(
-                            take_gates(panel, AX + v, V),
-                            take_gates(panel, AH + v, V),
-                            take_peepholes(panel, PEEPHOLE + v, V),
-                            take_states(panel, OLD + v, V),
-                        )
-                        put_states(panel, NEW + v, V, new)
-                        put_saved(panel, SAVED + v, V, partials)
-                    for s in range(S):
-                        _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, NEW + s * V, n)
-                    for k in range(K):
-                        _copy(flat_saved, kept + k * H + j, panel, SAVED + k * V, n)
+
+def _saved(cell: Cell) -> int:
+    return cell.saved + (2 if cell.reset else 0)
+
+
+@cache
+def _forward_work(cell: Cell, V: int):
+    """Build (I, H, rows of a chunk, B) ↦ where the regions of the kernel's work space begin, and its size."""
+    G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
+
+    @njit
+    def regions(I, H, rows, B):
+        row = (H + V - 1) // V * V
+        packed_ih, packed_hh, bias_ih = 0, G * row * I, G * row * (I + H)
+        bias_hh, peephole = bias_ih + G * row, bias_ih + 2 * G * row
+        ax = peephole + P * row
+        packed_last = ax + rows * G * row
+        sums = packed_last + RESET * H * row
+        last_sum = sums + RESET * B * G * row
+        return packed_ih, packed_hh, bias_ih, bias_hh, peephole, ax, packed_last, sums, last_sum, last_sum + RESET * B * row
+
+    return regions
+
+
+@cache
+def _forward_kernel(cell: Cell, dtype, keep: bool):
+    G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, _saved(cell)
+    V = VECTOR_BYTES // dtype.itemsize
+    SUM, AX_, PEEPHOLE_, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    JOINT, RESET, KEEP = cell.joint, cell.reset is not None, keep
+    STEP_G = 1 if RESET else G  # gates whose product is taken last
+    SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
+    SINGLE_LAST, MANY_LAST = panel_units(STEP_G, one_row=True), panel_units(STEP_G)
+    cell_panel, reset_panel = _cell_forward(cell, dtype, keep), _reset_forward(cell, dtype) if RESET else None
+    regions, all_steps, all_gates, last_gates = _forward_work(cell, V), multiply(G), blocks(G), blocks(STEP_G)
+
+    @kernel(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
+    def forward(
+        x, weight_ih, weight_hh, weight_last, bias_ih, bias_hh, peephole, lengths, state, saved, reset_h,
+        work, scratches, chunk, counter, rank, parties, by_units,
+    ):  # fmt: skip
+        """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
+        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
+        units = (H + V - 1) // V
+        row = units * G * V
+        most, most_last = (SINGLE, SINGLE_LAST) if B == 1 else (MANY, MANY_LAST)
+        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLE, AX, PACKED_LAST, SUMS, LAST_SUM, _ = regions(I, H, chunk * B, B)
+        panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
+        flat_reset = reset_h.reshape(-1)
+        slot = (T + 1) * B * H  # from one state to the next
+
+        u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
+        pack_gates(work, PACKED_HH, weight_hh, G, most, u0, u1)
+        v0, v1 = share(units, MANY, rank, parties), share(units, MANY, rank + 1, parties)
+        pack_gates(work, PACKED_IH, weight_ih, G, MANY, v0, v1)
+        if RESET:
+            w0, w1 = share(units, most_last, rank, parties), share(units, most_last, rank + 1, parties)
+            pack_gates(work, PACKED_LAST, weight_last, 1, most_last, w0, w1)
+        if rank == 0:
+            _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
+            for p in range(P):
+                for j in range(H):
+                    work[PEEPHOLE + p * units * V + j] = peephole[p * H + j]
+        if parties > 1:
+            wait_for_all(counter, parties)
+        if by_units:
+            first, last = 0, B
+            if most != MANY:  # the units of a panel of one row are two of the others'
+                v0, v1 = u0, u1
+        else:
+            first, last = B * rank // parties, B * (rank + 1) // parties
+            u0, v0, u1, v1 = 0, 0, units, units
+
+        for t0 in range(0, T, chunk):
+            steps = min(chunk, T - t0)
+            blocks_of_rows, rows = (1, steps * B) if last - first == B else (steps, last - first)
+            for k in range(blocks_of_rows):
+                at = k * B + first
+                all_steps(
+                    work, AX + at * row, row, work, BIAS_IH, 0, flat_x, (t0 * B + at) * I, I,
+                    work, PACKED_IH, I, rows, v0, v1, units,
+                )  # fmt: skip
+            for t in range(t0, t0 + steps):
+                old, ax = t * B * H, AX + (t - t0) * B * row
+                if by_units and t > 0:
+                    wait_for_all(counter, parties)
+                if RESET:
+                    unit = u0
+                    while unit < u1:
+                        width = width_at(unit, units, most)
+                        b = first
+                        while b < last:
+                            count = all_gates(
+                                width, panel, SUM, MANY * SIZE, SIZE,
+                                work, ax + b * row + unit * G * V, row, flat_state, old + b * H, H, 1,
+                                work, PACKED_HH + unit * G * V * H, H, last - b,
+                            )  # fmt: skip
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    base, n, at = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V), r * units + u
+                                    move(panel, base + OLD, flat_state, old + r * H + u * V, n)
+                                    reset_panel(panel, base)
+                                    move(flat_reset, ((t if KEEP else 0) * B + r) * H + u * V, panel, base + NEW, n)
+                                    if KEEP:
+                                        to = ((t * B + r) * units + u) * KS * V + K * V
+                                        move(flat_saved, to, panel, base + SAVED, V)
+                                        move(flat_saved, to + V, panel, base + SAVED + V, V)
+                                    for g in range(G - 1):
+                                        move(work, SUMS + (at * G + g) * V, panel, base + SUM + g * V, V)
+                                    move(work, LAST_SUM + at * V, panel, base + SUM + (G - 1) * V, V)
+                            b += count
+                        unit += width
+                    if by_units:
+                        wait_for_all(counter, parties)
+                unit, end = (w0, w1) if RESET and by_units else (u0, u1)
+                while unit < end:
+                    width = width_at(unit, units, most_last)
+                    b = first
+                    while b < last:
+                        if RESET:
+                            count = last_gates(
+                                width, panel, SUM + (G - 1) * V, MANY_LAST * SIZE, SIZE,
+                                work, LAST_SUM + (b * units + unit) * V, units * V,
+                                flat_reset, ((t if KEEP else 0) * B + b) * H, H, 1,
+                                work, PACKED_LAST + unit * V * H, H, last - b,
+                            )  # fmt: skip
+                        else:
+                            count = last_gates(
+                                width, panel, SUM, MANY_LAST * SIZE, SIZE,
+                                work, (ax + b * row if JOINT else BIAS_HH) + unit * G * V, row if JOINT else 0,
+                                flat_state, old + b * H, H, 1, work, PACKED_HH + unit * G * V * H, H, last - b,
+                            )  # fmt: skip
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                base, n = ((r - b) * MANY_LAST + u - unit) * SIZE, min(V, H - u * V)
+                                h = old + r * H + u * V
+                                kept = ((t * B + r) * units + u) * KS * V
+                                if t >= lengths[r]:  # past the end of a sequence its state is held
+                                    for s in range(S):
+                                        move(flat_state, s * slot + h + B * H, flat_state, s * slot + h, n)
+                                    if KEEP:
+                                        for k in range(K * V):
+                                            flat_saved[kept + k] = 0
+                                    continue
+                                if RESET:
+                                    for g in range(G - 1):
+                                        move(panel, base + g * V, work, SUMS + ((r * units + u) * G + g) * V, V)
+                                if not JOINT:
+                                    for g in range(G):
+                                        move(panel, base + AX_ + g * V, work, ax + r * row + (u * G + g) * V, V)
+                                for p in range(P):
+                                    move(panel, base + PEEPHOLE_ + p * V, work, PEEPHOLE + (p * units + u) * V, V)
+                                for s in range(S):
+                                    move(panel, base + OLD + s * V, flat_state, s * slot + h, n)
+                                cell_panel(panel, base)
+                                for s in range(S):
+                                    move(flat_state, s * slot + h + B * H, panel, base + NEW + s * V, n)
+                                if KEEP:
+                                    for k in range(K):
+                                        move(flat_saved, kept + k * V, panel, base + SAVED + k * V, V)
+                        b += count
+                    unit += width
 
     return forward
 
 
 @cache
-def _reset_forward(cell: Cell):
-    """Build the two products of a cell that resets h before the product of its last gate."""
-    G, K = len(cell.gates), cell.saved
-    reset, _ = cell.reset
+def _cell_forward(cell: Cell, dtype, keep: bool):
+    """Build the loop of `step` over a panel."""
+    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+    V = VECTOR_BYTES // dtype.itemsize
+    SUM, AX, PEEPHOLE, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
+    step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
 
-    @njit(error_model="numpy")
-    def product_after_reset(packed, packed_last, bias_hh, ax, h, ah, saved, reset_h, scratch, part):
-        """Fill ah (B, G·H): W_hh h for all gates but the last, W_hn (r ∘ h) for the last; keep r ∘ h in reset_h."""
-        B, H = h.shape
-        head = (G - 1) * H
-        multiply(part, 0, h.reshape(-1), 0, packed, B, head, scratch)
-        for b in range(B):
-            for j in range(head):
-                ah[b * G * H + j] = part[b * head + j]
-            for j in range(H):
-                reset_h[b, j], kept = reset(ax[b, j], part[b * head + j] + bias_hh[j], h[b, j])
-                saved[b, K * H + j], saved[b, (K + 1) * H + j] = kept
-        multiply(part, 0, reset_h.reshape(-1), 0, packed_last, B, H, scratch)
-        for b in range(B):
-            for j in range(H):
-                ah[b * G * H + head + j] = part[b * H + j]
+    @panel_loop
+    def cell_forward(panel, base):
+        for v in range(base, base + V):
+            ax = take_gates(panel, v + (SUM if JOINT else AX), V)
+            ah = nothing if JOINT else take_gates(panel, v + SUM, V)
+            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, V), take_states(panel, v + OLD, V))
+            put_states(panel, v + NEW, V, new)
+            if KEEP:
+                put_saved(panel, v + SAVED, V, partials)
 
-    return product_after_reset
+    return cell_forward
+
+
+@cache
+def _reset_forward(cell: Cell, dtype):
+    """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
+    V = VECTOR_BYTES // dtype.itemsize
+    SUM, AX, PEEPHOLE, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    reset, nothing, take, put, keep = cell.reset[0], dtype.type(-0.0), _take(1), _put(1), _put(2)
+
+    @panel_loop
+    def reset_forward(panel, base):
+        for v in range(base, base + V):
+            new, kept = reset(take(panel, v + SUM, V)[0], nothing, take(panel, v + OLD, V)[0])
+            put(panel, v + NEW, V, (new,))
+            keep(panel, v + SAVED, V, kept)
+
+    return reset_forward
+
+
+@njit
+def _pack_biases(work, to_ih, to_hh, bias_ih, bias_hh, gates, joint):
+    """Pack the biases in the order unit, gate, lane; of a joint cell the sum of both, to where that of ax belongs."""
+    V, H = VECTOR_BYTES // work.itemsize, bias_ih.shape[0] // gates
+    for u in range((H + V - 1) // V):
+        for g in range(gates):
+            for v in range(V):
+                to, j = (u * gates + g) * V + v, g * H + u * V + v
+                inside = u * V + v < H
+                work[to_ih + to] = (bias_ih[j] + bias_hh[j] if joint else bias_ih[j]) if inside else 0
+                work[to_hh + to] = bias_hh[j] if inside else 0
 
 
 # The log-scaled adjoint ---------------------------------------------------------------------------------------------
@@ -225,143 +378,334 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
 
 
 @cache
-def _backward_kernel(cell: Cell, dtype):
-    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+def _backward_panel(cell: Cell, V: int):
+    """Regions of the panel of V units: dL/dstate as it comes and in total, direct part, saved, peephole, results."""
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    return _regions(*(V * n for n in (S, 1, _saved(cell), P, G, G, P, S, S)))
+
+
+@cache
+def _backward_work(cell: Cell, V: int):
+    """Build (I, H, rows of a chunk, B) ↦ where the regions of the kernel's work space begin, and its size."""
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    RESET, APART = int(cell.reset is not None), 0 if cell.joint else 1
+
+    @njit
+    def regions(I, H, rows, B):
+        units, inputs = (H + V - 1) // V * V, (I + V - 1) // V * V
+        packed_ih, packed_hh = 0, G * units * inputs
+        dax = packed_hh + G * units * units
+        dah = dax + APART * 2 * rows * G * units  # two chunks, one to write while the other is read
+        carry = dah + 2 * rows * G * units
+        dh = carry + S * B * units
+        zero = dh + B * units
+        peephole = zero + units + inputs
+        packed_last = peephole + P * units
+        da_last = packed_last + RESET * units * units
+        return packed_ih, packed_hh, dax, dah, carry, dh, zero, peephole, packed_last, da_last, da_last + RESET * B * units
+
+    return regions
+
+
+@cache
+def _backward_kernel(cell: Cell, dtype, scaled: bool):
+    G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, _saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    SAVED, PEEPHOLE, NEW, DAX, DAH, DP, TOTAL, OLD, SIZE = _rows(V, K, P, S, G, G, P, S, S)
-    RESET, JOINT = cell.reset is not None, cell.joint
-    step_backward, product_before_reset = cell.step_backward, _reset_backward(cell) if RESET else None
-    take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
-    put_gates, add_peepholes, put_states = _put(G), _put(P, add=True), _put(S)
+    NEW, DIRECT, SAVED, PEEPHOLE_, DAX_, DAH_, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
+    JOINT, RESET, SCALED, ROWS = cell.joint, cell.reset is not None, scaled, _ROWS
+    SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
+    cell_back = _cell_backward(cell, V)
+    reset_back = _reset_backward(cell, V) if RESET else None
+    add_panel = _add_panel(V)
+    regions, block, many = _backward_work(cell, V), blocks(1), multiply(1)
 
-    @kernel(f"{cell.name}-{dtype}", step_backward)
+    @kernel(f"{cell.name}-{dtype}-{'scaled' if scaled else 'plain'}", cell.step_backward)
     def backward(
-        d_output,
-        d_output_exponent,
-        packed,
-        packed_last,
-        peephole,
-        lengths,
-        saved,
-        d_state,
-        exponent,
-        dax,
-        dah,
-        d_peephole,
-        first,
-        last,
-    ):
-        """Turn d_state[:, T] and d_output into d_state, dax, dah (the same array as dax if joint) and d_peephole.
+        x, d_output, d_output_exponent, weight_ih, weight_hh, weight_last, peephole, lengths, state, saved, reset_h,
+        d_state, exponent, dx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole,
+        work, scratches, chunk, counter, rank, parties, by_units,
+    ):  # fmt: skip
+        """Turn d_state[:, T] and d_output into d_state, dx and (unless scaled) d_weight…, the part of one thread.
 
-        With an `exponent` of T+1 steps (instead of none) the adjoint is rescaled at every step, see `_add_scaled`.
+        `scaled` has an exponent for every step, and rescales the adjoint at each, see `_add_scaled`.
         """
-        T, B, H, rows = dax.shape[0], dax.shape[1], d_state.shape[3], last - first
-        dh, panel = np.empty(rows * H, dax.dtype), np.zeros(SIZE, dax.dtype)
-        scratch, work = np.empty(rows * columns_of(dax), dax.dtype), np.empty(rows * G * H if RESET else 0, dax.dtype)
-        flat_state, flat_saved, flat_dax, flat_dah = (
-            d_state.reshape(-1),
-            saved.reshape(-1),
-            dax.reshape(-1),
-            dah.reshape(-1),
-        )
-        flat_dp = d_peephole.reshape(-1)
-        for t in range(T - 1, -1, -1):
-            for b in range(first, last):
-                if t >= lengths[b]:
-                    _pass_through(d_state, exponent, dax, dah, t, b)
-                    continue
-                _receive(d_state, exponent, d_output, d_output_exponent, t, b)
-                row, old, kept = (t * B + b) * G * H, (t * B + b) * H, (t * B + b) * saved.shape[2]
-                for j in range(0, H, V):
-                    n = min(V, H - j)
-                    for k in range(K):
-                        _copy(panel, SAVED + k * V, flat_saved, kept + k * H + j, n)
-                    for p in range(P):
-                        _copy(panel, PEEPHOLE + p * V, peephole, p * H + j, n)
-                        _copy(panel, DP + p * V, flat_dp, (b * P + p) * H + j, n)
+        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], d_state.shape[3]
+        units, inputs = (H + V - 1) // V, (I + V - 1) // V
+        row, depth, most, slot = units * G * V, units * G * V, SINGLE if B == 1 else MANY, (T + 1) * B * H
+        PACKED_IH, PACKED_HH, DAX, DAH, CARRY, DH, ZERO, PEEPHOLE, PACKED_LAST, DA_LAST, _ = regions(I, H, chunk * B, B)
+        panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
+        flat_d, flat_direct, flat_dx, flat_dp = d_state.reshape(-1), d_output.reshape(-1), dx.reshape(-1), d_peephole.reshape(-1)
+
+        u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
+        pack_columns(work, PACKED_HH, weight_hh, G, most, u0, u1)
+        i0, i1 = share(inputs, MANY, rank, parties), share(inputs, MANY, rank + 1, parties)
+        pack_columns(work, PACKED_IH, weight_ih, G, MANY, i0, i1)
+        if RESET:
+            pack_columns(work, PACKED_LAST, weight_last, 1, most, u0, u1)
+        if rank == 0:
+            for n in range((units + inputs) * V):
+                work[ZERO + n] = 0
+            for n in range(S * B * units * V):
+                work[CARRY + n] = 0
+            for b in range(B):
+                for u in range(units):
                     for s in range(S):
-                        _copy(panel, NEW + s * V, flat_state, s * (T + 1) * B * H + old + B * H + j, n)
-                    for v in range(V):
-                        da_x, da_h, dp, total, d_old = step_backward(
-                            take_saved(panel, SAVED + v, V),
-                            take_peepholes(panel, PEEPHOLE + v, V),
-                            take_states(panel, NEW + v, V),
-                        )
-                        put_gates(panel, DAX + v, V, da_x)
-                        put_gates(panel, DAH + v, V, da_h)
-                        add_peepholes(panel, DP + v, V, dp)
-                        put_states(panel, TOTAL + v, V, total)
-                        put_states(panel, OLD + v, V, d_old)
-                    for g in range(G):
-                        _copy(flat_dax, row + g * H + j, panel, DAX + g * V, n)
-                        if not JOINT:
-                            _copy(flat_dah, row + g * H + j, panel, DAH + g * V, n)
-                    for p in range(P):
-                        _copy(flat_dp, (b * P + p) * H + j, panel, DP + p * V, n)
-                    for s in range(S):
-                        _copy(flat_state, s * (T + 1) * B * H + old + j, panel, OLD + s * V, n)
-                    for s in range(1, S):
-                        _copy(flat_state, s * (T + 1) * B * H + old + B * H + j, panel, TOTAL + s * V, n)
-            if RESET:
-                rest = slice(first, last)
-                product_before_reset(packed, packed_last, saved[t, rest], dah[t, rest], dh, scratch, work)
-            else:
-                multiply(dh, 0, flat_dah, (t * B + first) * G * H, packed, rows, H, scratch)
-            for b in range(first, last):
-                for j in range(H):
-                    d_state[0, t, b, j] += dh[(b - first) * H + j]
+                        to, n = CARRY + ((s * B + b) * units + u) * V, min(V, H - u * V)
+                        move(work, to, flat_d, s * slot + (T * B + b) * H + u * V, n)
+            for p in range(P):
+                for n in range(units * V):
+                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else 0
+        if parties > 1:
+            wait_for_all(counter, parties)
+        first, last = B * rank // parties, B * (rank + 1) // parties
+        if by_units:
+            first, last = 0, B
+        else:
+            u0, u1 = 0, units
+        strips, half = units * G, chunk * B * row
+        s0, s1 = share(strips, 1, rank, parties), share(strips, 1, rank + 1, parties)
+
+        after, apart = 0, DAH - DAX
+        chunks = (T + chunk - 1) // chunk
+        for c in range(chunks - 1, -1, -1):
+            t0, here = c * chunk, DAX + c % 2 * half
+            steps = min(chunk, T - t0)
+            for t in range(t0 + steps - 1, t0 - 1, -1):
+                if by_units and t < T - 1:
+                    wait_for_all(counter, parties)
+                dax = here + (t - t0) * B * row
+                if SCALED:
+                    if t < T - 1:
+                        many(
+                            work, DH + first * units * V, units * V, work, CARRY + first * units * V, units * V,
+                            work, after + apart + first * row, row, work, PACKED_HH, depth, last - first, 0, units, units,
+                        )  # fmt: skip
+                    for b in range(first, last):
+                        for u in range(units):
+                            for s in range(S):
+                                at = (DH if s == 0 and t < T - 1 else CARRY + s * B * units * V) + (b * units + u) * V
+                                to, n = s * slot + ((t + 1) * B + b) * H + u * V, min(V, H - u * V)
+                                move(flat_d, to, work, at, n)
+                        if t < lengths[b]:
+                            top = _add_scaled(d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b])
+                            exponent[t + 1, b] = top
+                        exponent[t, b] = exponent[t + 1, b]
+                unit = u0
+                while unit < u1:
+                    width = width_at(unit, units, most)
+                    b = first
+                    while b < last:
+                        count = min(ROWS, last - b)
+                        if not SCALED and t < T - 1:
+                            count = block(
+                                width, panel, NEW, MANY * SIZE, SIZE,
+                                work, CARRY + (b * units + unit) * V, units * V,
+                                work, after + apart + b * row, row, 1,
+                                work, PACKED_HH + unit * V * depth, depth, last - b,
+                            )  # fmt: skip
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                base, n = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V)
+                                new, at = ((t + 1) * B + r) * H + u * V, (r * units + u) * V
+                                if SCALED:
+                                    for s in range(S):
+                                        if n < V:
+                                            move(panel, base + NEW + s * V, work, ZERO, V)
+                                        move(panel, base + NEW + s * V, flat_d, s * slot + new, n)
+                                else:
+                                    for s in range(0 if t == T - 1 else 1, S):
+                                        move(panel, base + NEW + s * V, work, CARRY + s * B * units * V + at, V)
+                                da = dax + (r * units + u) * G * V
+                                if t >= lengths[r]:  # the state was held: so is its adjoint, and no weight has a share
+                                    for s in range(S):
+                                        move(flat_d, s * slot + new, panel, base + NEW + s * V, n)
+                                        move(work, CARRY + s * B * units * V + at, panel, base + NEW + s * V, V)
+                                    for g in range(G):
+                                        move(work, da + g * V, work, ZERO, V)
+                                        if not JOINT:
+                                            move(work, da + apart + g * V, work, ZERO, V)
+                                    if RESET:
+                                        move(work, DA_LAST + at, work, ZERO, V)
+                                    continue
+                                if not SCALED:
+                                    if n < V:
+                                        move(panel, base + DIRECT, work, ZERO, V)
+                                    move(panel, base + DIRECT, flat_direct, (t * B + r) * H + u * V, n)
+                                    add_panel(panel, base + NEW, base + DIRECT)
+                                kept = ((t * B + r) * units + u) * KS * V
+                                for k in range(K):
+                                    move(panel, base + SAVED + k * V, flat_saved, kept + k * V, V)
+                                for p in range(P):
+                                    move(panel, base + PEEPHOLE_ + p * V, work, PEEPHOLE + (p * units + u) * V, V)
+                                    move(panel, base + DP + p * V, flat_dp, (r * P + p) * units * V + u * V, V)
+                                cell_back(panel, base)
+                                for g in range(G):
+                                    move(work, da + g * V, panel, base + DAX_ + g * V, V)
+                                    if not JOINT:
+                                        move(work, da + apart + g * V, panel, base + DAH_ + g * V, V)
+                                for p in range(P):
+                                    move(flat_dp, (r * P + p) * units * V + u * V, panel, base + DP + p * V, V)
+                                for s in range(S):
+                                    total = NEW if s == 0 else TOTAL + s * V
+                                    if not (SCALED and s == 0):
+                                        move(flat_d, s * slot + new, panel, base + total, n)
+                                    move(work, CARRY + s * B * units * V + at, panel, base + OLD + s * V, V)
+                                if RESET:
+                                    move(work, DA_LAST + at, panel, base + DAX_ + (G - 1) * V, V)
+                        b += count
+                    unit += width
+                if RESET:
+                    if by_units:
+                        wait_for_all(counter, parties)
+                    unit = u0
+                    while unit < u1:
+                        width = width_at(unit, units, most)
+                        b = first
+                        while b < last:
+                            count = block(
+                                width, panel, NEW, MANY * SIZE, SIZE, work, ZERO, 0,
+                                work, DA_LAST + b * units * V, units * V, 1,
+                                work, PACKED_LAST + unit * V * units * V, units * V, last - b,
+                            )  # fmt: skip
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    if t < lengths[r]:
+                                        base, at = ((r - b) * MANY + u - unit) * SIZE, CARRY + (r * units + u) * V
+                                        kept = ((t * B + r) * units + u) * KS * V + K * V
+                                        move(panel, base + SAVED, flat_saved, kept, V)
+                                        move(panel, base + SAVED + V, flat_saved, kept + V, V)
+                                        move(panel, base + OLD, work, at, V)
+                                        reset_back(panel, base)
+                                        move(work, dax + (r * units + u) * G * V, panel, base + DAX_, V)
+                                        move(work, at, panel, base + OLD, V)
+                            b += count
+                        unit += width
+                after = dax
+
+            if parties > 1:
+                wait_for_all(counter, parties)
+            rows = steps * B
+            r0, r1 = rows * rank // parties, rows * (rank + 1) // parties
+            _input_gradient(flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel)
+            if not SCALED:
+                from_h = here + apart
+                add_sums(d_bias_ih, work, here, G, rows, s0, s1, panel)
+                add_transposed(d_weight_ih, work, here, G, 0, G, flat_x, t0 * B * I, I, rows, s0, s1, panel)
+                if not JOINT:
+                    add_sums(d_bias_hh, work, from_h, G, rows, s0, s1, panel)
+                split = G - 1 if RESET else G
+                add_transposed(d_weight_hh, work, from_h, G, 0, split, flat_state, t0 * B * H, H, rows, s0, s1, panel)
+                if RESET:
+                    add_transposed(
+                        d_weight_hh, work, from_h, G, split, G, reset_h.reshape(-1), t0 * B * H, H, rows, s0, s1, panel
+                    )  # fmt: skip
+
+        # dL/dstate of slot 0.
+        if by_units:
+            wait_for_all(counter, parties)
+        unit = u0
+        while unit < u1:
+            width = width_at(unit, units, most)
+            b = first
+            while b < last:
+                count = block(
+                    width, panel, NEW, MANY * SIZE, SIZE, work, CARRY + (b * units + unit) * V, units * V,
+                    work, after + apart + b * row, row, 1, work, PACKED_HH + unit * V * depth, depth, last - b,
+                )  # fmt: skip
+                for r in range(b, b + count):
+                    for u in range(unit, unit + width):
+                        base, n = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V)
+                        move(flat_d, r * H + u * V, panel, base + NEW, n)
+                        for s in range(1, S):
+                            move(flat_d, s * slot + r * H + u * V, work, CARRY + ((s * B + r) * units + u) * V, n)
+                b += count
+            unit += width
 
     return backward
 
 
-@njit
-def _pass_through(d_state, exponent, dax, dah, t, b):
-    """Past the end of a sequence its state is held: the adjoint goes back as it is, and no weight has a share."""
-    d_state[:, t, b] = d_state[:, t + 1, b]
-    dax[t, b] = 0
-    dah[t, b] = 0
-    if exponent.shape[0] > 0:
-        exponent[t, b] = exponent[t + 1, b]
+@cache
+def _add_panel(V: int):
+    take, add = _take(1), _put(1, add=True)
 
+    @panel_loop
+    def add_panel(panel, to, source):
+        for v in range(V):
+            add(panel, to + v, V, take(panel, source + v, V))
 
-@njit
-def _receive(d_state, exponent, d_output, d_output_exponent, t, b):
-    """Add the direct gradient of h_{t+1} to the adjoint at its slot."""
-    if exponent.shape[0] > 0:
-        top = _add_scaled(d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b])
-        exponent[t, b] = exponent[t + 1, b] = top
-    else:
-        for j in range(d_output.shape[2]):
-            d_state[0, t + 1, b, j] += d_output[t, b, j]
+    return add_panel
 
 
 @cache
-def _reset_backward(cell: Cell):
-    """Build the backward of `_reset_forward`."""
-    G, K = len(cell.gates), cell.saved
+def _cell_backward(cell: Cell, V: int):
+    """Build the loop of `step_backward` over a panel."""
+    S, P, K = len(cell.states), len(cell.peepholes), cell.saved
+    NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
+    take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
+    put_gates, add_peepholes, put_states = _put(len(cell.gates)), _put(P, add=True), _put(S)
+    step_backward = cell.step_backward
+
+    @panel_loop
+    def cell_backward(panel, base):
+        for v in range(base, base + V):
+            da_x, da_h, dp, total, d_old = step_backward(
+                take_saved(panel, v + SAVED, V),
+                take_peepholes(panel, v + PEEPHOLE, V),
+                take_states(panel, v + NEW, V),
+            )
+            put_gates(panel, v + DAX, V, da_x)
+            put_gates(panel, v + DAH, V, da_h)
+            add_peepholes(panel, v + DP, V, dp)
+            put_states(panel, v + TOTAL, V, total)
+            put_states(panel, v + OLD, V, d_old)
+
+    return cell_backward
+
+
+@cache
+def _reset_backward(cell: Cell, V: int):
+    """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh."""
     _, reset_backward = cell.reset
+    NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
 
-    @njit(error_model="numpy")
-    def product_before_reset(packed, packed_last, saved, da, dh, scratch, part):
-        """Fill dh (B, H), dL/dh_{t−1} through both products, and the block of the reset gate in da (B, G·H)."""
-        B, H = da.shape[0], da.shape[1] // G
-        head = (G - 1) * H
-        d_reset = B * head  # where dL/d(r ∘ h) begins in `part`
-        for b in range(B):
-            for j in range(H):
-                part[b * H + j] = da[b, head + j]
-        multiply(part, d_reset, part, 0, packed_last, B, H, scratch)
-        for b in range(B):
-            for j in range(H):
-                kept = (saved[b, K * H + j], saved[b, (K + 1) * H + j])
-                da[b, j], part[d_reset + b * H + j] = reset_backward(kept, part[d_reset + b * H + j])
-            for j in range(head):
-                part[b * head + j] = da[b, j]
-        multiply(dh, 0, part, 0, packed, B, H, scratch)
-        for j in range(B * H):
-            dh[j] += part[d_reset + j]
+    take, take_kept, put = _take(1), _take(2), _put(1)
 
-    return product_before_reset
+    @panel_loop
+    def reset_panel(panel, base):
+        for v in range(base, base + V):
+            da, dh = reset_backward(take_kept(panel, v + SAVED, V), take(panel, v + NEW, V)[0])
+            put(panel, v + DAX, V, (da,))
+            put(panel, v + OLD, V, (take(panel, v + OLD, V)[0] + dh,))
+
+    return reset_panel
+
+
+_block1, _INPUT_UNITS = blocks(1), panel_units(1)
+
+
+@njit
+def _input_gradient(dx, to, I, work, a0, row, packed, depth, rows, zero, scratch):
+    """Fill `rows` rows of dx (I numbers each) with dax·W_ih."""
+    V = VECTOR_BYTES // dx.itemsize
+    units, unit = (I + V - 1) // V, 0
+    while unit < units:
+        width = width_at(unit, units, _INPUT_UNITS)
+        whole, r = I - unit * V >= width * V, 0
+        while r < rows:
+            at, b0 = to + r * I + unit * V, packed + unit * V * depth
+            if whole:
+                r += _block1(
+                    width, dx, at, I, V, work, zero, 0, work, a0 + r * row, row, 1, work, b0, depth, rows - r
+                )  # fmt: skip
+                continue
+            count = _block1(
+                width, scratch, 0, width * V, V, work, zero, 0, work, a0 + r * row, row, 1, work, b0, depth, rows - r
+            )  # fmt: skip
+            for i in range(count):
+                for j in range(width):
+                    move(dx, at + i * I + j * V, scratch, (i * width + j) * V, I - (unit + j) * V)
+            r += count
+        unit += width
 
 
 # Jacobian -----------------------------------------------------------------------------------------------------------
@@ -393,51 +737,17 @@ def _diagonals_kernel(cell: Cell, dtype):
     return diagonals
 
 
-# Threads ------------------------------------------------------------------------------------------------------------
-
-#: A second thread costs about as much as this many FLOPs take on one core.
-_WORTH_A_THREAD = 2e7
-
-
-@cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="rnnlab")
-
-
-def _share(work: Callable[[int, int], object], rows: int, flops: float) -> None:
-    """Call work(first, last) on parts of `rows`, one a thread; kernels release the GIL.
-
-    Every row is computed alike in whatever part it lies: the number of threads changes no bit.
-    """
-    count = max(1, min(threads(), rows, int(flops / _WORTH_A_THREAD)))
-    edges = [rows * k // count for k in range(count + 1)]
-    others = [_pool(count - 1).submit(work, *edges[k : k + 2]) for k in range(1, count)]
-    work(*edges[:2])
-    for other in others:
-        other.result()
-
-
-def _product(a: Array, packed: Array, columns: int) -> Array:
-    """Return a·B of a (rows, K) and a packed B (K, columns)."""
-    out = np.empty((a.shape[0], columns), a.dtype)
-    _share(lambda first, last: product(out, a, packed, first, last), len(a), 2.0 * a.size * columns)
-    return out
-
-
-def _transposed_product(a: Array, b: Array) -> Array:
-    """Return aᵀ·b of a (K, rows) and b (K, columns)."""
-    out = np.zeros((a.shape[1], b.shape[1]), a.dtype)
-    _share(lambda first, last: add_transposed(out, a, b, first, last), len(out), 2.0 * a.size * b.shape[1])
-    return out
-
-
-def _parts(cell: Cell, weights: LayerWeights) -> tuple[Array, Array]:
-    """Return W_hh of all gates but the last of a cell that resets first, and of the last; else all, and none."""
-    cut = (len(cell.gates) - (1 if cell.reset else 0)) * weights.weight_hh.shape[1]
-    return weights.weight_hh[:cut], weights.weight_hh[cut:]
-
-
 # What a layer calls -------------------------------------------------------------------------------------------------
+
+
+def _parts(cell: Cell, weight_hh: Array) -> tuple[Array, Array]:
+    """Return W_hh as the first product of a step takes it, and W_hn of a cell that resets h before that product."""
+    if not cell.reset:
+        return weight_hh, weight_hh[:0]
+    H = weight_hh.shape[1]
+    head = weight_hh.copy()
+    head[-H:] = 0
+    return head, weight_hh[-H:]
 
 
 def forward(
@@ -448,24 +758,22 @@ def forward(
     With keep=False only the states are kept, which is all that inference needs. Arrays are C-contiguous, of one dtype
     and checked by the caller.
     """
-    T, B, _ = x.shape
-    H, S, kept_steps = weights.weight_hh.shape[1], len(cell.states), T if keep else 1
-    rows = len(weights.weight_ih)
-    ax = _product(x.reshape(T * B, -1), pack_transposed(weights.weight_ih), rows)
-    ax += weights.bias_ih
-    states = np.empty((S, T + 1, B, H), x.dtype)
+    (T, B, I), H, S, dtype = x.shape, weights.weight_hh.shape[1], len(cell.states), x.dtype
+    V = VECTOR_BYTES // dtype.itemsize
+    states = empty((S, T + 1, B, H), dtype)
     states[:, 0] = state
-    allocate = np.empty if lengths.min() == T else np.zeros  # past the end nothing is saved
-    saved = allocate((kept_steps, B, (cell.saved + (2 if cell.reset else 0)) * H), x.dtype)
-    reset_h = np.empty((kept_steps if cell.reset else 0, B, H), x.dtype)
-    packed, packed_last = map(pack_transposed, _parts(cell, weights))
-    run = _forward_kernel(cell, x.dtype)
-    ax, biases = ax.reshape(T, B, -1), (weights.bias_hh, weights.peephole)
-
-    def work(first: int, last: int) -> None:
-        run(ax, packed, packed_last, *biases, lengths, states, saved, reset_h, first, last)
-
-    _share(work, B, 2.0 * T * B * weights.weight_hh.size)
+    saved = empty((T if keep else 0, B, -(-H // V), _saved(cell), V), dtype)
+    reset_h = empty(((T if keep else 1) if cell.reset else 0, B, H), dtype)
+    chunk = max(1, min(T, _CHUNK // B))
+    size = _forward_work(cell, V)(I, H, chunk * B, B)[-1]
+    parties, by_units = plan(cell, T, B, I, H, dtype)
+    group = len(cell.gates)
+    panels = max(_ROWS * panel_units(1), panel_units(1, one_row=True)) * _forward_panel(cell, V)[-1]
+    arguments = (
+        x, weights.weight_ih, *_parts(cell, weights.weight_hh), weights.bias_ih, weights.bias_hh, weights.peephole,
+        lengths, states, saved, reset_h, empty((size,), dtype), empty((parties, panels), dtype), chunk,
+    )  # fmt: skip
+    run_together(_forward_kernel(cell, dtype, keep), arguments, parties, by_units)
     return LayerTrace(cell.name, x, states, saved, reset_h, lengths)
 
 
@@ -482,40 +790,30 @@ def backward(
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
     """
-    T, B, _ = d_output.shape
-    H, S, G = weights.weight_hh.shape[1], len(cell.states), len(cell.gates)
-    scaled = d_output_exponent is not None
-    d_state = np.empty((S, T + 1, B, H), d_output.dtype)
+    (T, B, H), I, S, dtype = d_output.shape, trace.x.shape[2], len(cell.states), d_output.dtype
+    V, scaled = VECTOR_BYTES // dtype.itemsize, d_output_exponent is not None
+    d_state, dx = empty((S, T + 1, B, H), dtype), empty((T, B, I), dtype)
     d_state[:, T] = d_final
     exponent = np.zeros((T + 1 if scaled else 0, B), np.int64)
-    dax = np.empty((T, B, G * H), d_output.dtype)
-    dah = dax if cell.joint else np.empty_like(dax)
-    d_peephole = np.zeros((B, weights.peephole.size), d_output.dtype)
-    packed, packed_last = map(pack, _parts(cell, weights))
-    run = _backward_kernel(cell, d_output.dtype)
-    upstream = d_output, d_output_exponent if scaled else exponent
-    results = d_state, exponent, dax, dah, d_peephole
-
-    def work(first: int, last: int) -> None:
-        run(*upstream, packed, packed_last, weights.peephole, trace.lengths, trace.saved, *results, first, last)
-
-    _share(work, B, 2.0 * T * B * weights.weight_hh.size)
-    dax, dah = dax.reshape(T * B, -1), dah.reshape(T * B, -1)
-    dx = _product(dax, pack(weights.weight_ih), weights.weight_ih.shape[1]).reshape(T, B, -1)
+    shapes = [w.shape if not scaled else (0,) * w.ndim for w in weights[:4]]
+    d_weights = [np.zeros(shape, dtype) for shape in shapes]
+    d_peephole = np.zeros((B, len(cell.peepholes), -(-H // V) * V), dtype)
+    chunk = max(1, min(T, _CHUNK // B))
+    size = _backward_work(cell, V)(I, H, chunk * B, B)[-1]
+    parties, by_units = plan(cell, T, B, I, H, dtype, scaled)
+    panels = max(_ROWS * panel_units(1) * _backward_panel(cell, V)[-1], scratch_size(max(I, H), V))
+    arguments = (
+        trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih,
+        *_parts(cell, weights.weight_hh), weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h,
+        d_state, exponent, dx, *d_weights, d_peephole, empty((size,), dtype), empty((parties, panels), dtype), chunk,
+    )  # fmt: skip
+    run_together(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
     if scaled:
         return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
-    d_weight_hh = _transposed_product(dah, trace.state[0, :T].reshape(T * B, H))
-    if cell.reset:
-        last = slice((G - 1) * H, None)
-        d_weight_hh[last] = _transposed_product(np.ascontiguousarray(dah[:, last]), trace.reset_h.reshape(T * B, H))
-    d_weights = LayerWeights(
-        _transposed_product(dax, trace.x.reshape(T * B, -1)),
-        d_weight_hh,
-        dax.sum(axis=0),
-        dah.sum(axis=0),
-        d_peephole.sum(axis=0),
-    )
-    return LayerGradients(d_weights, dx, d_state, d_output, None, None)
+    if cell.joint:
+        d_weights[3] = d_weights[2].copy()
+    peepholes = d_peephole[:, :, :H].sum(axis=0).reshape(-1)
+    return LayerGradients(LayerWeights(*d_weights, peepholes), dx, d_state, d_output, None, None)
 
 
 def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:

@@ -1,151 +1,286 @@
 """Matrix products from register tiles: the same code inside the time loop and for all steps at once.
 
-The right factor is packed into panels of N = 4·V columns, (ceil(columns / N), K, N), padded with zeros: the tile reads
-it from front to back. Rows of the left factor are taken 6 at a time, the rest 4, 2 and 1. Every number is a sum over k
-in order, so that results depend neither on how rows are cut into tiles nor on how threads share them.
+Numbers of hidden units are counted in vectors of V, the last one padded with zeros: "unit" below means such a vector.
+The right factor is packed into panels of a few units, (units / panel, K, panel·group·V), which the tile reads from
+front to back; with a `group` of G gates a panel holds the same units of every gate, side by side. Every number is a sum
+over k in order, so that results depend neither on how rows and columns are cut into tiles nor on who computes them.
 """
 
-import numpy as np
+from functools import cache
+
 from numba import njit
 
-from .compiling import kernel
-from .simd import VECTOR_BYTES, move_vector, tile
+from .simd import VECTOR_BYTES, move_part, move_vector, tile
 
-__all__ = ["COLUMNS", "add_transposed", "columns_of", "multiply", "pack", "pack_transposed", "product"]
+__all__ = [
+    "DEPTH",
+    "STRIPS",
+    "add_sums",
+    "add_transposed",
+    "blocks",
+    "move",
+    "multiply",
+    "pack_columns",
+    "pack_gates",
+    "panel_units",
+    "scratch_size",
+    "share",
+    "width_at",
+]
 
-#: Vectors in a panel.
-COLUMNS = 4
+#: Rows that `add_transposed` packs at a time: a panel of them stays in the first-level cache,
+DEPTH = 128
+#: and so many strips of V rows of the result in the second-level cache.
+STRIPS = 16
 
-#: Rows of the long dimension that `add_transposed` packs at a time: both packed blocks stay in the second-level cache.
-_DEPTH = 256
+#: Accumulators of the largest tile; with the vectors of the right factor they fill 32 registers.
+_ACCUMULATORS = 24
 
-#: Rows of the left factor that `product` takes through all panels before the next: they stay in cache.
-_BLOCK = 96
 
-_TILES = {(rows, add): tile(rows, COLUMNS, add) for rows in (6, 4, 2, 1) for add in (False, True)}
-_tile6, _tile4, _tile2, _tile1 = (_TILES[rows, False] for rows in (6, 4, 2, 1))
-_add6, _add4, _add2, _add1 = (_TILES[rows, True] for rows in (6, 4, 2, 1))
+def panel_units(group: int, one_row: bool = False) -> int:
+    """Return how many units a panel holds: for one row twice as many, because one multiply-add waits for the last."""
+    units = max(u for u in (1, 2, 4) if u == 1 or u * group <= 4)
+    return 2 * units if one_row else units
+
+
+@njit
+def width_at(unit, units, most):
+    """Return the units in the panel that begins at `unit`: `most`, or less at the end."""
+    while most > units - unit:
+        most //= 2
+    return most
+
+
+@njit
+def share(count, most, rank, parties):
+    """Return the first of `count` things, dealt out `most` at a time, that is for `rank` of `parties`."""
+    panels = (count + most - 1) // most
+    return min(count, panels * rank // parties * most)
 
 
 @njit(forceinline=True)
-def columns_of(a):
-    """Return N, the columns in a panel of the type of `a`."""
-    return COLUMNS * (VECTOR_BYTES // a.itemsize)
+def move(target, to, source, start, count):
+    """target[to : to + count] = source[start : start + count] for at most V numbers of flat arrays."""
+    if count >= VECTOR_BYTES // target.itemsize:
+        move_vector(target, to, source, start)
+    else:
+        move_part(target, to, source, start, count)
 
 
-@kernel("products")
-def pack(b):
-    """Pack b (K, columns) into panels (ceil(columns / N), K, N)."""
-    N = columns_of(b)
-    packed = np.zeros(((b.shape[1] + N - 1) // N, b.shape[0], N), b.dtype)
-    _pack_rows(packed.reshape(-1), b, 0, b.shape[0])
-    return packed
+# Tiles --------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _block(units, group, sizes):
+    """Build the largest tile of `sizes` rows that fits; it returns how many rows that were. Arguments as `tile`."""
+    size, rest = sizes[0], sizes[1:]
+    one = tile(size, units, group)
+    if not rest:
+
+        @njit
+        def smallest(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
+            one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth)
+            return size
+
+        return smallest
+    smaller = _block(units, group, rest)
+    even = 8 if size == 6 else -1  # 4 and 4 rows are faster than 6 and 2
+
+    @njit
+    def block(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
+        if rows >= size and rows != even:
+            one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth)
+            return size
+        return smaller(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+
+    return block
+
+
+@cache
+def blocks(group, width=None):
+    """Build `block(width, …)`, which multiplies some rows by one panel of `width` units and returns how many rows."""
+    width = width or panel_units(group, one_row=True)
+    sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= _ACCUMULATORS)
+    one = _block(width, group, (1,) if width > panel_units(group) else sizes)
+    if width == 1:
+
+        @njit
+        def narrowest(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
+            return one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+
+        return narrowest
+    narrower = blocks(group, width // 2)
+
+    @njit
+    def block(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
+        if w == width:
+            return one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+        return narrower(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+
+    return block
+
+
+@cache
+def multiply(group):
+    """Build the product of many rows with the panels first…last, into rows of padded units.
+
+    For r < rows: out[o + r·o_row + …] = start[s + r·s_row + …] + a row·B.
+    """
+    block, most = blocks(group), panel_units(group)
+
+    @njit
+    def multiply(out, o, o_row, start, s, s_row, a, a0, a_row, packed, p, depth, rows, first, last, units):
+        V = VECTOR_BYTES // out.itemsize
+        unit = first
+        while unit < last:
+            width, at = width_at(unit, units, most), unit * group * V
+            r = 0
+            while r < rows:
+                r += block(
+                    width, out, o + r * o_row + at, o_row, group * V, start, s + r * s_row + at, s_row,
+                    a, a0 + r * a_row, a_row, 1, packed, p + at * depth, depth, rows - r,
+                )  # fmt: skip
+            unit += width
+
+    return multiply
+
+
+# Packing ------------------------------------------------------------------------------------------------------------
+
+#: Numbers of a row that are packed at a time: what they are spread over stays in cache.
+_SPREAD = 64
 
 
 @njit
-def _pack_rows(target, b, first, last):
-    """Pack rows first…last of b into flat panels whose padding is zero already."""
-    V, N, columns, depth = VECTOR_BYTES // b.itemsize, columns_of(b), b.shape[1], last - first
-    source = b.reshape(-1)
-    for p in range((columns + N - 1) // N):
-        width = min(N, columns - p * N)
-        for k in range(depth):
-            at, to = (first + k) * columns + p * N, (p * depth + k) * N
-            for n in range(0, width - V + 1, V):
-                move_vector(target, to + n, source, at + n)
-            for n in range(width - width % V, width):
-                target[to + n] = source[at + n]
-
-
-@kernel("products")
-def pack_transposed(b):
-    """Pack the transpose of b (columns, K) into panels (ceil(columns / N), K, N)."""
-    N, columns, depth = columns_of(b), b.shape[0], b.shape[1]
-    packed = np.zeros(((columns + N - 1) // N, depth, N), b.dtype)
-    for n in range(columns):
-        p, lane = n // N, n % N
-        for k in range(depth):
-            packed[p, k, lane] = b[n, k]
-    return packed
+def pack_gates(target, at, weight, gates, most, first, last):
+    """Pack units first…last of the transpose of `weight` (G·H, K) into panels that hold all gates of a unit."""
+    V, H, K = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
+    source, units = weight.reshape(-1), (H + V - 1) // V
+    unit = first
+    while unit < last:
+        width = width_at(unit, units, most)
+        stride = width * gates * V
+        for j in range(width):
+            valid = min(V, H - (unit + j) * V)
+            for g in range(gates):
+                for k0 in range(0, K, _SPREAD):
+                    to, row = at + unit * gates * V * K + k0 * stride + (j * gates + g) * V, g * H + (unit + j) * V
+                    for v in range(valid):
+                        for k in range(min(_SPREAD, K - k0)):
+                            target[to + k * stride + v] = source[(row + v) * K + k0 + k]
+                    for k in range(min(_SPREAD, K - k0)):
+                        for v in range(valid, V):
+                            target[to + k * stride + v] = 0
+        unit += width
 
 
 @njit
-def _rows(out, o, o_row, a, a0, a_row, a_k, b, b0, depth, rows):
-    """out rows = a rows · one panel, for any number of rows."""
-    r = 0
-    while r + 6 <= rows:
-        _tile6(out, o + r * o_row, o_row, a, a0 + r * a_row, a_row, a_k, b, b0, depth)
-        r += 6
-    if r + 4 <= rows:
-        _tile4(out, o + r * o_row, o_row, a, a0 + r * a_row, a_row, a_k, b, b0, depth)
-        r += 4
-    if r + 2 <= rows:
-        _tile2(out, o + r * o_row, o_row, a, a0 + r * a_row, a_row, a_k, b, b0, depth)
-        r += 2
-    if r < rows:
-        _tile1(out, o + r * o_row, o_row, a, a0 + r * a_row, a_row, a_k, b, b0, depth)
+def pack_columns(target, at, weight, gates, most, first, last):
+    """Pack units first…last of the columns of `weight` (G·H, columns); its rows in the order unit, gate, lane."""
+    V, H, columns = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
+    source, row_units, units = weight.reshape(-1), (H + V - 1) // V, (columns + V - 1) // V
+    depth = row_units * gates * V
+    unit = first
+    while unit < last:
+        width, to = width_at(unit, units, most), at + unit * V * depth
+        for p in range(row_units):
+            for g in range(gates):
+                for v in range(V):
+                    row = (g * H + p * V + v) * columns
+                    for j in range(width):
+                        valid = min(V, columns - (unit + j) * V)
+                        if valid < V or p * V + v >= H:
+                            target[to : to + V] = 0
+                        if p * V + v < H:
+                            move(target, to, source, row + (unit + j) * V, valid)
+                        to += V
+        unit += width
+
+
+# Sums over rows -----------------------------------------------------------------------------------------------------
+
+
+def scratch_size(columns: int, lanes: int) -> int:
+    """Return the numbers of scratch that `add_transposed` takes for results of so many columns."""
+    return ((-(-columns // lanes) + STRIPS) * DEPTH + _ACCUMULATORS) * lanes
+
+
+_block1 = blocks(1)
+_MOST1 = panel_units(1)
 
 
 @njit
-def multiply(out, o, a, a0, packed, rows, columns, scratch):
-    """out = a·B for `rows` rows of `columns` and K numbers from flat offsets o and a0; scratch takes rows·N numbers."""
-    depth, N = packed.shape[1], packed.shape[2]
-    b = packed.reshape(-1)
-    for p in range(packed.shape[0]):
-        width = min(N, columns - p * N)
-        if width == N:
-            _rows(out, o + p * N, columns, a, a0, depth, 1, b, p * depth * N, depth, rows)
-        else:
-            _rows(scratch, 0, N, a, a0, depth, 1, b, p * depth * N, depth, rows)
-            for r in range(rows):
-                for n in range(width):
-                    out[o + r * columns + p * N + n] = scratch[r * N + n]
+def add_transposed(out, a, a0, gates, first_gate, last_gate, right, b0, columns, rows, first, last, scratch):
+    """out += aᵀ·b over `rows` rows of a (unit, gate, lane) and of b (columns,), for strips first…last.
+
+    A strip is one gate of one unit: V rows of out (G·H, columns), which has the order of weights: gate, unit. Strips
+    of gates outside first_gate…last_gate are left alone. `scratch` takes `scratch_size(columns)` numbers.
+    """
+    V, H = VECTOR_BYTES // out.itemsize, out.shape[0] // gates
+    flat, units, strips = out.reshape(-1), (columns + V - 1) // V, (H + V - 1) // V * gates
+    left, block = units * DEPTH * V, (units + STRIPS) * DEPTH * V
+    for k0 in range(0, rows, DEPTH):
+        depth = min(DEPTH, rows - k0)
+        unit = 0
+        while unit < units:
+            width = width_at(unit, units, _MOST1)
+            for k in range(depth):
+                to, at = unit * V * depth + k * width * V, b0 + (k0 + k) * columns + unit * V
+                for j in range(width):
+                    move(scratch, to + j * V, right, at + j * V, columns - (unit + j) * V)
+            unit += width
+        for s0 in range(first, last, STRIPS):
+            count = min(STRIPS, last - s0)
+            for k in range(depth):
+                at = a0 + (k0 + k) * strips * V + s0 * V
+                for s in range(count):
+                    move_vector(scratch, left + (s * DEPTH + k) * V, a, at + s * V)
+            unit = 0
+            while unit < units:
+                width = width_at(unit, units, _MOST1)
+                panel, whole = unit * V * depth, columns - unit * V >= width * V
+                for s in range(count):
+                    p, g = (s0 + s) // gates, (s0 + s) % gates
+                    r, valid, at = 0, min(V, H - p * V), (g * H + p * V) * columns + unit * V
+                    while first_gate <= g < last_gate and r < valid:
+                        source, to = left + s * DEPTH * V + r, at + r * columns
+                        if whole:
+                            r += _block1(
+                                width, flat, to, columns, V, flat, to, columns,
+                                scratch, source, 1, V, scratch, panel, depth, valid - r,
+                            )  # fmt: skip
+                            continue
+                        n = min(valid - r, _ACCUMULATORS // width)
+                        for i in range(n):
+                            for j in range(width):
+                                here, lanes = block + (i * width + j) * V, columns - (unit + j) * V
+                                move(scratch, here, flat, to + i * columns + j * V, lanes)
+                        n = _block1(
+                            width, scratch, block, width * V, V, scratch, block, width * V,
+                            scratch, source, 1, V, scratch, panel, depth, n,
+                        )  # fmt: skip
+                        for i in range(n):
+                            for j in range(width):
+                                here, lanes = block + (i * width + j) * V, columns - (unit + j) * V
+                                move(flat, to + i * columns + j * V, scratch, here, lanes)
+                        r += n
+                unit += width
 
 
-@kernel("products")
-def product(out, a, packed, first, last):
-    """out[first:last] = a[first:last]·B for out (rows, columns) and a (rows, K), both contiguous."""
-    columns, depth = out.shape[1], a.shape[1]
-    flat_out, flat_a = out.reshape(-1), a.reshape(-1)
-    scratch = np.empty(_BLOCK * columns_of(a), a.dtype)
-    for r in range(first, last, _BLOCK):
-        multiply(flat_out, r * columns, flat_a, r * depth, packed, min(_BLOCK, last - r), columns, scratch)
-
-
-@kernel("products")
-def add_transposed(out, a, b, first, last):
-    """out[first:last] += (aᵀ·b)[first:last] for a (K, rows), b (K, columns) and a contiguous out (rows, columns)."""
-    depth, rows, columns = a.shape[0], last - first, b.shape[1]
-    V, N = VECTOR_BYTES // a.itemsize, columns_of(a)
-    flat_out, flat_a = out.reshape(-1), a.reshape(-1)
-    strips = (rows + V - 1) // V
-    left, block = np.zeros(strips * _DEPTH * V, a.dtype), np.zeros(V * N, a.dtype)
-    panels = (columns + N - 1) // N
-    right = np.zeros(panels * _DEPTH * N, a.dtype)
-    for k0 in range(0, depth, _DEPTH):
-        count = min(_DEPTH, depth - k0)
-        _pack_rows(right, b, k0, k0 + count)
-        for s in range(strips):
-            width = min(V, rows - s * V)
-            for k in range(count):
-                source, target = (k0 + k) * a.shape[1] + first + s * V, (s * _DEPTH + k) * V
-                if width == V:
-                    move_vector(left, target, flat_a, source)
-                else:
-                    for r in range(width):
-                        left[target + r] = flat_a[source + r]
-        for p in range(panels):
-            full = columns - p * N >= N
-            for s in range(strips):
-                r = 0
-                while r < min(V, rows - s * V):
-                    # Tiles of 4 rows; the last ones and narrow panels go through a block of their own.
-                    some, at = min(4, rows - s * V - r), (first + s * V + r) * columns + p * N
-                    if full and some == 4:
-                        _add4(flat_out, at, columns, left, s * _DEPTH * V + r, 1, V, right, p * count * N, count)
-                    else:
-                        _tile4(block, 0, N, left, s * _DEPTH * V + r, 1, V, right, p * count * N, count)
-                        for i in range(some):
-                            for n in range(min(N, columns - p * N)):
-                                flat_out[at + i * columns + n] += block[i * N + n]
-                    r += 4
+@njit
+def add_sums(out, a, a0, gates, rows, first, last, scratch):
+    """out (G·H,) += Σ a over `rows` rows of a (unit, gate, lane), for strips first…last; see `add_transposed`."""
+    V, H = VECTOR_BYTES // out.itemsize, out.shape[0] // gates
+    stride = (H + V - 1) // V * gates * V
+    for s0 in range(first, last, STRIPS):
+        count = min(STRIPS, last - s0)
+        for n in range(count * V):
+            scratch[n] = 0
+        for k in range(rows):
+            at = a0 + k * stride + s0 * V
+            for n in range(count * V):
+                scratch[n] += a[at + n]
+        for s in range(s0, s0 + count):
+            p, g = s // gates, s % gates
+            for v in range(min(V, H - p * V)):
+                out[g * H + p * V + v] += scratch[(s - s0) * V + v]

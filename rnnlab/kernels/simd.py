@@ -1,8 +1,9 @@
-"""Vector registers of the host: their width, moves and multiply-adds (the only LLVM IR of the project).
+"""Vector registers of the host: width, moves, multiply-adds; and a barrier of threads (the only LLVM IR of the project).
 
 A register tile of 6 rows × 4 vectors reaches 95 % of the FMA peak of `timing.peak_flops` from 64 multiply-adds deep.
 """
 
+import sys
 from functools import cache
 
 from llvmlite import binding, ir
@@ -10,7 +11,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "move_vector", "run_chains", "tile"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "move_part", "move_vector", "run_chains", "tile", "wait_for_all"]
 
 
 def _vector_bytes() -> int:
@@ -45,6 +46,21 @@ def move_vector(typing_context, target, to, source, start):
     return types.void(target, types.intp, source, types.intp), generate
 
 
+@intrinsic
+def move_part(typing_context, target, to, source, start, count):
+    """Copy the first `count` numbers of one register; what lies behind them is neither read nor written."""
+
+    def generate(context, builder, signature, arguments):
+        target_, to_, source_, start_, count_ = arguments
+        vectors = _Vectors(context, builder, target.dtype)
+        mask = vectors.mask(count_)
+        value = vectors.masked_load(vectors.address(source, source_, start_), mask)
+        vectors.masked_store(value, vectors.address(target, target_, to_), mask)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp, types.intp), generate
+
+
 class _Vectors:
     """Vectors of one element type in the function that is being generated."""
 
@@ -54,6 +70,7 @@ class _Vectors:
         self.size = context.get_abi_sizeof(self.element)
         self.lanes = VECTOR_BYTES // self.size
         self.type = ir.VectorType(self.element, self.lanes)
+        self._alignment = ir.Constant(ir.IntType(32), self.size)
         name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
         function = ir.FunctionType(self.type, [self.type] * 3)
         self.fma = cgutils.get_or_insert_function(builder.module, function, name)
@@ -71,8 +88,24 @@ class _Vectors:
     def store(self, value, pointer):
         self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=self.size)
 
+    def mask(self, count):
+        """Return which lanes come before `count`."""
+        lanes = ir.Constant(ir.VectorType(count.type, self.lanes), [ir.Constant(count.type, i) for i in range(self.lanes)])
+        return self.builder.icmp_signed("<", lanes, self.broadcast(count))
+
+    def masked_load(self, pointer, mask):
+        return self._masked("load", self.type, [pointer, self._alignment, mask, ir.Constant(self.type, None)])
+
+    def masked_store(self, value, pointer, mask):
+        self._masked("store", ir.VoidType(), [value, pointer, self._alignment, mask])
+
+    def _masked(self, operation, result, arguments):
+        name = f"llvm.masked.{operation}.v{self.lanes}f{8 * self.size}.p0"
+        function = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), arguments)
+
     def broadcast(self, value):
-        undefined = ir.Constant(self.type, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(value.type, self.lanes), ir.Undefined)
         first = self.builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
         return self.builder.shuffle_vector(
             first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), None)
@@ -80,35 +113,37 @@ class _Vectors:
 
 
 @cache
-def tile(rows, columns, accumulate):
-    """Build the product of a tile that stays in registers, `rows` × `columns` vectors of V numbers.
+def tile(rows, units, group):
+    """Build the product of a tile that stays in registers: `rows` × C vectors of V numbers, C = units·group.
 
-    tile(out, o, o_row, a, a0, a_row, a_k, b, b0, count): for r < rows and n < columns·V,
+    tile(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, count): for r < rows, u < units and
+    n < group·V, with m = u·group·V + n,
 
-        out[o + r·o_row + n] = Σ_k a[a0 + r·a_row + k·a_k] · b[b0 + k·columns·V + n],    k < count
+        out[o + r·o_row + u·o_unit + n] = start[s + r·s_row + m] + Σ_k a[a0 + r·a_row + k·a_k] · b[b0 + k·C·V + m]
 
-    on flat contiguous arrays of one float type; with `accumulate` added to what `out` holds. No bounds are checked.
-    Each number sums its k in order, whatever the tile: results do not depend on how rows are cut into tiles.
+    for k < count, on flat contiguous arrays of one float type. No bounds are checked. Each number sums its k in order,
+    whatever the tile: results do not depend on how rows and columns are cut into tiles.
     """
+    columns = units * group
 
     @intrinsic
-    def product(typing_context, out, o, o_row, a, a0, a_row, a_k, b, b0, count):
+    def product(typing_context, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, count):
         def generate(context, builder, signature, arguments):
             vectors = _Vectors(context, builder, out.dtype)
-            out_, o_, o_row_, a_, a0_, a_row_, a_k_, b_, b0_, count_ = arguments
+            out_, o_, o_row_, o_unit_, start_, s_, s_row_, a_, a0_, a_row_, a_k_, b_, b0_, count_ = arguments
             integer = o_.type
             width = columns * vectors.lanes
 
             def constant(number):
                 return ir.Constant(integer, number)
 
-            places = [
-                vectors.address(out, out_, o_, builder.mul(o_row_, constant(r)), constant(c * vectors.lanes))
-                for r in range(rows)
-                for c in range(columns)
-            ]
-            zero = ir.Constant(vectors.type, None)
-            start = [vectors.load(place) if accumulate else zero for place in places]
+            places, begin = [], []
+            for r in range(rows):
+                row = vectors.address(start, start_, s_, builder.mul(s_row_, constant(r)))
+                begin += [vectors.load(builder.gep(row, [constant(c * vectors.lanes)])) for c in range(columns)]
+                for c in range(columns):
+                    unit, n = builder.mul(o_unit_, constant(c // group)), constant(c % group * vectors.lanes)
+                    places.append(vectors.address(out, out_, o_, builder.mul(o_row_, constant(r)), unit, n))
             left = [vectors.address(a, a_, a0_, builder.mul(a_row_, constant(r))) for r in range(rows)]
             right = vectors.address(b, b_, b0_)
             before, body, after = builder.block, builder.append_basic_block("tile"), builder.append_basic_block("done")
@@ -127,7 +162,7 @@ def tile(rows, columns, accumulate):
                     new.append(builder.call(vectors.fma, [factor, b_vectors[c], sums[r * columns + c]]))
             following = builder.add(k, constant(1))
             k.add_incoming(following, body)
-            for phi, first, value in zip(sums, start, new, strict=True):
+            for phi, first, value in zip(sums, begin, new, strict=True):
                 phi.add_incoming(first, before)
                 phi.add_incoming(value, body)
             builder.cbranch(builder.icmp_signed("<", following, count_), body, after)
@@ -137,7 +172,7 @@ def tile(rows, columns, accumulate):
             return context.get_dummy_value()
 
         i = types.intp
-        return types.void(out, i, i, a, i, i, i, b, i, i), generate
+        return types.void(out, i, i, i, start, i, i, a, i, i, i, b, i, i), generate
 
     return product
 
@@ -177,3 +212,47 @@ def _fma_chains(typing_context, x, count):
 def run_chains(x, count):
     """Return a number that took CHAINS·V·count fused multiply-adds in registers: the measure of a core's peak."""
     return _fma_chains(x, count)
+
+
+# A barrier of threads ------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _draw_ticket(typing_context, counter):
+    """counter[0] += 1, atomically; return the new number."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = context.make_array(counter)(context, builder, arguments[0]).data
+        one = ir.Constant(context.get_value_type(types.int64), 1)
+        return builder.add(builder.atomic_rmw("add", pointer, one, "acq_rel"), one)
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def _drawn(typing_context, counter):
+    """Return counter[0], with all that other threads wrote before they drew."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = context.make_array(counter)(context, builder, arguments[0]).data
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+_let_others_run = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
+
+#: How often a thread looks before it lets another run on its core: some tens of microseconds.
+_LOOKS = 20_000
+
+
+@njit(nogil=True)
+def wait_for_all(counter, parties):
+    """Return once `parties` threads have called this with the same `counter` (one int64, 0 at first)."""
+    ticket = _draw_ticket(counter)
+    last = (ticket + parties - 1) // parties * parties
+    looks = 0
+    while _drawn(counter) < last:
+        looks += 1
+        if looks > _LOOKS:
+            _let_others_run()
