@@ -40,7 +40,7 @@ from .products import (
     share,
     width_at,
 )
-from .simd import VECTOR_BYTES, wait_for_all
+from .simd import VECTOR_BYTES, address, wait_for_all
 from .team import empty, plan, run_together
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
@@ -142,7 +142,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(STEP_G, one_row=True), panel_units(STEP_G)
     cell_panel, reset_panel = _cell_forward(cell, dtype, keep), _reset_forward(cell, dtype) if RESET else None
-    regions, all_steps, all_gates, last_gates = _forward_work(cell, V), multiply(G), blocks(G), blocks(STEP_G)
+    regions, all_steps, all_gates, last_gates = _forward_work(cell, V), multiply(G, dtype), blocks(G, dtype), blocks(STEP_G, dtype)
 
     @kernel(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
     def forward(
@@ -187,8 +187,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
             for k in range(blocks_of_rows):
                 at = k * B + first
                 all_steps(
-                    work, AX + at * row, row, work, BIAS_IH, 0, flat_x, (t0 * B + at) * I, I,
-                    work, PACKED_IH, I, rows, v0, v1, units,
+                    address(work, AX + at * row), row, address(work, BIAS_IH), 0, address(flat_x, (t0 * B + at) * I), I,
+                    address(work, PACKED_IH), I, rows, v0, v1, units,
                 )  # fmt: skip
             for t in range(t0, t0 + steps):
                 old, ax = t * B * H, AX + (t - t0) * B * row
@@ -201,9 +201,9 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         b = first
                         while b < last:
                             count = all_gates(
-                                width, panel, SUM, MANY * SIZE, SIZE,
-                                work, ax + b * row + unit * G * V, row, flat_state, old + b * H, H, 1,
-                                work, PACKED_HH + unit * G * V * H, H, last - b,
+                                width, address(panel, SUM), MANY * SIZE, SIZE,
+                                address(work, ax + b * row + unit * G * V), row, address(flat_state, old + b * H), H, 1,
+                                address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
                             for r in range(b, b + count):
                                 for u in range(unit, unit + width):
@@ -229,16 +229,17 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                     while b < last:
                         if RESET:
                             count = last_gates(
-                                width, panel, SUM + (G - 1) * V, MANY_LAST * SIZE, SIZE,
-                                work, LAST_SUM + (b * units + unit) * V, units * V,
-                                flat_reset, ((t if KEEP else 0) * B + b) * H, H, 1,
-                                work, PACKED_LAST + unit * V * H, H, last - b,
+                                width, address(panel, SUM + (G - 1) * V), MANY_LAST * SIZE, SIZE,
+                                address(work, LAST_SUM + (b * units + unit) * V), units * V,
+                                address(flat_reset, ((t if KEEP else 0) * B + b) * H), H, 1,
+                                address(work, PACKED_LAST + unit * V * H), H, last - b,
                             )  # fmt: skip
                         else:
                             count = last_gates(
-                                width, panel, SUM, MANY_LAST * SIZE, SIZE,
-                                work, (ax + b * row if JOINT else BIAS_HH) + unit * G * V, row if JOINT else 0,
-                                flat_state, old + b * H, H, 1, work, PACKED_HH + unit * G * V * H, H, last - b,
+                                width, address(panel, SUM), MANY_LAST * SIZE, SIZE,
+                                address(work, (ax + b * row if JOINT else BIAS_HH) + unit * G * V), row if JOINT else 0,
+                                address(flat_state, old + b * H), H, 1,
+                                address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
                         for r in range(b, b + count):
                             for u in range(unit, unit + width):
@@ -417,7 +418,8 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     cell_back = _cell_backward(cell, V)
     reset_back = _reset_backward(cell, V) if RESET else None
     add_panel = _add_panel(V)
-    regions, block, many = _backward_work(cell, V), blocks(1), multiply(1)
+    regions, block, many = _backward_work(cell, V), blocks(1, dtype), multiply(1, dtype)
+    add_product, input_gradient = add_transposed(dtype), _input_gradient(dtype)
 
     @kernel(f"{cell.name}-{dtype}-{'scaled' if scaled else 'plain'}", cell.step_backward)
     def backward(
@@ -477,8 +479,10 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 if SCALED:
                     if t < T - 1:
                         many(
-                            work, DH + first * units * V, units * V, work, CARRY + first * units * V, units * V,
-                            work, after + apart + first * row, row, work, PACKED_HH, depth, last - first, 0, units, units,
+                            address(work, DH + first * units * V), units * V,
+                            address(work, CARRY + first * units * V), units * V,
+                            address(work, after + apart + first * row), row,
+                            address(work, PACKED_HH), depth, last - first, 0, units, units,
                         )  # fmt: skip
                     for b in range(first, last):
                         for u in range(units):
@@ -498,10 +502,10 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                         count = min(ROWS, last - b)
                         if not SCALED and t < T - 1:
                             count = block(
-                                width, panel, NEW, MANY * SIZE, SIZE,
-                                work, CARRY + (b * units + unit) * V, units * V,
-                                work, after + apart + b * row, row, 1,
-                                work, PACKED_HH + unit * V * depth, depth, last - b,
+                                width, address(panel, NEW), MANY * SIZE, SIZE,
+                                address(work, CARRY + (b * units + unit) * V), units * V,
+                                address(work, after + apart + b * row), row, 1,
+                                address(work, PACKED_HH + unit * V * depth), depth, last - b,
                             )  # fmt: skip
                         for r in range(b, b + count):
                             for u in range(unit, unit + width):
@@ -563,9 +567,9 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                         b = first
                         while b < last:
                             count = block(
-                                width, panel, NEW, MANY * SIZE, SIZE, work, ZERO, 0,
-                                work, DA_LAST + b * units * V, units * V, 1,
-                                work, PACKED_LAST + unit * V * units * V, units * V, last - b,
+                                width, address(panel, NEW), MANY * SIZE, SIZE, address(work, ZERO), 0,
+                                address(work, DA_LAST + b * units * V), units * V, 1,
+                                address(work, PACKED_LAST + unit * V * units * V), units * V, last - b,
                             )  # fmt: skip
                             for r in range(b, b + count):
                                 for u in range(unit, unit + width):
@@ -586,17 +590,17 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 wait_for_all(counter, parties)
             rows = steps * B
             r0, r1 = rows * rank // parties, rows * (rank + 1) // parties
-            _input_gradient(flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel)
+            input_gradient(flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel)
             if not SCALED:
                 from_h = here + apart
                 add_sums(d_bias_ih, work, here, G, rows, s0, s1, panel)
-                add_transposed(d_weight_ih, work, here, G, 0, G, flat_x, t0 * B * I, I, rows, s0, s1, panel)
+                add_product(d_weight_ih, work, here, G, 0, G, flat_x, t0 * B * I, I, rows, s0, s1, panel)
                 if not JOINT:
                     add_sums(d_bias_hh, work, from_h, G, rows, s0, s1, panel)
                 split = G - 1 if RESET else G
-                add_transposed(d_weight_hh, work, from_h, G, 0, split, flat_state, t0 * B * H, H, rows, s0, s1, panel)
+                add_product(d_weight_hh, work, from_h, G, 0, split, flat_state, t0 * B * H, H, rows, s0, s1, panel)
                 if RESET:
-                    add_transposed(
+                    add_product(
                         d_weight_hh, work, from_h, G, split, G, reset_h.reshape(-1), t0 * B * H, H, rows, s0, s1, panel
                     )  # fmt: skip
 
@@ -609,8 +613,10 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             b = first
             while b < last:
                 count = block(
-                    width, panel, NEW, MANY * SIZE, SIZE, work, CARRY + (b * units + unit) * V, units * V,
-                    work, after + apart + b * row, row, 1, work, PACKED_HH + unit * V * depth, depth, last - b,
+                    width, address(panel, NEW), MANY * SIZE, SIZE,
+                    address(work, CARRY + (b * units + unit) * V), units * V,
+                    address(work, after + apart + b * row), row, 1,
+                    address(work, PACKED_HH + unit * V * depth), depth, last - b,
                 )  # fmt: skip
                 for r in range(b, b + count):
                     for u in range(unit, unit + width):
@@ -680,32 +686,29 @@ def _reset_backward(cell: Cell, V: int):
     return reset_panel
 
 
-_block1, _INPUT_UNITS = blocks(1), panel_units(1)
+@cache
+def _input_gradient(dtype):
+    """Build the product dx = dax·W_ih of `rows` rows of dx (I numbers each)."""
+    block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
 
+    @njit
+    def input_gradient(dx, to, I, work, dax, row, packed, depth, rows, zero, scratch):
+        units, unit, start = (I + V - 1) // V, 0, address(work, zero)
+        while unit < units:
+            width = width_at(unit, units, most)
+            b, whole, r = address(work, packed + unit * V * depth), I - unit * V >= width * V, 0
+            while r < rows:
+                at, a = to + r * I + unit * V, address(work, dax + r * row)
+                if whole:
+                    r += block(width, address(dx, at), I, V, start, 0, a, row, 1, b, depth, rows - r)
+                    continue
+                count = block(width, address(scratch, 0), width * V, V, start, 0, a, row, 1, b, depth, rows - r)
+                for i in range(count * width):
+                    move(dx, at + i // width * I + i % width * V, scratch, i * V, I - (unit + i % width) * V)
+                r += count
+            unit += width
 
-@njit
-def _input_gradient(dx, to, I, work, a0, row, packed, depth, rows, zero, scratch):
-    """Fill `rows` rows of dx (I numbers each) with dax·W_ih."""
-    V = VECTOR_BYTES // dx.itemsize
-    units, unit = (I + V - 1) // V, 0
-    while unit < units:
-        width = width_at(unit, units, _INPUT_UNITS)
-        whole, r = I - unit * V >= width * V, 0
-        while r < rows:
-            at, b0 = to + r * I + unit * V, packed + unit * V * depth
-            if whole:
-                r += _block1(
-                    width, dx, at, I, V, work, zero, 0, work, a0 + r * row, row, 1, work, b0, depth, rows - r
-                )  # fmt: skip
-                continue
-            count = _block1(
-                width, scratch, 0, width * V, V, work, zero, 0, work, a0 + r * row, row, 1, work, b0, depth, rows - r
-            )  # fmt: skip
-            for i in range(count):
-                for j in range(width):
-                    move(dx, at + i * I + j * V, scratch, (i * width + j) * V, I - (unit + j) * V)
-            r += count
-        unit += width
+    return input_gradient
 
 
 # Jacobian -----------------------------------------------------------------------------------------------------------

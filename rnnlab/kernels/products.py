@@ -8,9 +8,10 @@ over k in order, so that results depend neither on how rows and columns are cut 
 
 from functools import cache
 
+import numpy as np
 from numba import njit
 
-from .simd import VECTOR_BYTES, move_part, move_vector, tile
+from .simd import VECTOR_BYTES, address, move_part, move_vector, tile
 
 __all__ = [
     "DEPTH",
@@ -71,74 +72,57 @@ def move(target, to, source, start, count):
 
 
 @cache
-def _block(units, group, sizes):
+def _block(units, group, dtype, sizes):
     """Build the largest tile of `sizes` rows that fits; it returns how many rows that were. Arguments as `tile`."""
-    size, rest = sizes[0], sizes[1:]
-    one = tile(size, units, group)
-    if not rest:
-
-        @njit
-        def smallest(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
-            one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth)
-            return size
-
-        return smallest
-    smaller = _block(units, group, rest)
+    size, one = sizes[0], tile(sizes[0], units, group, dtype)
+    smaller = _block(units, group, dtype, sizes[1:]) if sizes[1:] else None
     even = 8 if size == 6 else -1  # 4 and 4 rows are faster than 6 and 2
 
     @njit
-    def block(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
-        if rows >= size and rows != even:
-            one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth)
+    def block(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows):
+        if smaller is None or (rows >= size and rows != even):
+            one(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth)
             return size
-        return smaller(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+        return smaller(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
 
 @cache
-def blocks(group, width=None):
+def blocks(group, dtype, width=None):
     """Build `block(width, …)`, which multiplies some rows by one panel of `width` units and returns how many rows."""
     width = width or panel_units(group, one_row=True)
     sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= _ACCUMULATORS)
-    one = _block(width, group, (1,) if width > panel_units(group) else sizes)
-    if width == 1:
-
-        @njit
-        def narrowest(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
-            return one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
-
-        return narrowest
-    narrower = blocks(group, width // 2)
+    one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
+    narrower = blocks(group, dtype, width // 2) if width > 1 else None
 
     @njit
-    def block(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows):
-        if w == width:
-            return one(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
-        return narrower(w, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, depth, rows)
+    def block(w, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows):
+        if narrower is None or w == width:
+            return one(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
+        return narrower(w, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
 
 @cache
-def multiply(group):
-    """Build the product of many rows with the panels first…last, into rows of padded units.
+def multiply(group, dtype):
+    """Build the product of many rows with the panels first…last, into rows of padded units; all but sizes addresses.
 
-    For r < rows: out[o + r·o_row + …] = start[s + r·s_row + …] + a row·B.
+    For r < rows: out[r·o_row + …] = start[r·s_row + …] + (row r of a)·B.
     """
-    block, most = blocks(group), panel_units(group)
+    block, most, size, lanes = blocks(group, dtype), panel_units(group), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
 
     @njit
-    def multiply(out, o, o_row, start, s, s_row, a, a0, a_row, packed, p, depth, rows, first, last, units):
-        V = VECTOR_BYTES // out.itemsize
+    def multiply(out, o_row, start, s_row, a, a_row, packed, depth, rows, first, last, units):
         unit = first
         while unit < last:
-            width, at = width_at(unit, units, most), unit * group * V
+            width, at = width_at(unit, units, most), unit * group * VECTOR_BYTES
             r = 0
             while r < rows:
                 r += block(
-                    width, out, o + r * o_row + at, o_row, group * V, start, s + r * s_row + at, s_row,
-                    a, a0 + r * a_row, a_row, 1, packed, p + at * depth, depth, rows - r,
+                    width, out + at + r * o_row * size, o_row, group * lanes, start + at + r * s_row * size, s_row,
+                    a + r * a_row * size, a_row, 1, packed + at * depth, depth, rows - r,
                 )  # fmt: skip
             unit += width
 
@@ -205,66 +189,65 @@ def scratch_size(columns: int, lanes: int) -> int:
     return ((-(-columns // lanes) + STRIPS) * DEPTH + _ACCUMULATORS) * lanes
 
 
-_block1 = blocks(1)
-_MOST1 = panel_units(1)
+@cache
+def add_transposed(dtype):
+    """Build (out, a, a0, gates, first_gate, last_gate, b, b0, columns, rows, first, last, scratch) ↦ out += aᵀ·b.
 
-
-@njit
-def add_transposed(out, a, a0, gates, first_gate, last_gate, right, b0, columns, rows, first, last, scratch):
-    """out += aᵀ·b over `rows` rows of a (unit, gate, lane) and of b (columns,), for strips first…last.
-
-    A strip is one gate of one unit: V rows of out (G·H, columns), which has the order of weights: gate, unit. Strips
-    of gates outside first_gate…last_gate are left alone. `scratch` takes `scratch_size(columns)` numbers.
+    The sum is over `rows` rows of a (unit, gate, lane) and of b (columns,). A strip is one gate of one unit: V rows of
+    out (G·H, columns), which has the order of weights: gate, unit. Strips first…last are added, but for those of gates
+    outside first_gate…last_gate. `scratch` takes `scratch_size(columns)` numbers.
     """
-    V, H = VECTOR_BYTES // out.itemsize, out.shape[0] // gates
-    flat, units, strips = out.reshape(-1), (columns + V - 1) // V, (H + V - 1) // V * gates
-    left, block = units * DEPTH * V, (units + STRIPS) * DEPTH * V
-    for k0 in range(0, rows, DEPTH):
-        depth = min(DEPTH, rows - k0)
-        unit = 0
-        while unit < units:
-            width = width_at(unit, units, _MOST1)
-            for k in range(depth):
-                to, at = unit * V * depth + k * width * V, b0 + (k0 + k) * columns + unit * V
-                for j in range(width):
-                    move(scratch, to + j * V, right, at + j * V, columns - (unit + j) * V)
-            unit += width
-        for s0 in range(first, last, STRIPS):
-            count = min(STRIPS, last - s0)
-            for k in range(depth):
-                at = a0 + (k0 + k) * strips * V + s0 * V
-                for s in range(count):
-                    move_vector(scratch, left + (s * DEPTH + k) * V, a, at + s * V)
+    block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
+
+    @njit
+    def add_transposed(out, a, a0, gates, first_gate, last_gate, b, b0, columns, rows, first, last, scratch):
+        H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
+        strips = (H + V - 1) // V * gates
+        left, corner = units * DEPTH * V, (units + STRIPS) * DEPTH * V
+        for k0 in range(0, rows, DEPTH):
+            depth = min(DEPTH, rows - k0)
             unit = 0
             while unit < units:
-                width = width_at(unit, units, _MOST1)
-                panel, whole = unit * V * depth, columns - unit * V >= width * V
-                for s in range(count):
-                    p, g = (s0 + s) // gates, (s0 + s) % gates
-                    r, valid, at = 0, min(V, H - p * V), (g * H + p * V) * columns + unit * V
-                    while first_gate <= g < last_gate and r < valid:
-                        source, to = left + s * DEPTH * V + r, at + r * columns
-                        if whole:
-                            r += _block1(
-                                width, flat, to, columns, V, flat, to, columns,
-                                scratch, source, 1, V, scratch, panel, depth, valid - r,
-                            )  # fmt: skip
-                            continue
-                        n = min(valid - r, _ACCUMULATORS // width)
-                        for i in range(n):
-                            for j in range(width):
-                                here, lanes = block + (i * width + j) * V, columns - (unit + j) * V
-                                move(scratch, here, flat, to + i * columns + j * V, lanes)
-                        n = _block1(
-                            width, scratch, block, width * V, V, scratch, block, width * V,
-                            scratch, source, 1, V, scratch, panel, depth, n,
-                        )  # fmt: skip
-                        for i in range(n):
-                            for j in range(width):
-                                here, lanes = block + (i * width + j) * V, columns - (unit + j) * V
-                                move(flat, to + i * columns + j * V, scratch, here, lanes)
-                        r += n
+                width = width_at(unit, units, most)
+                for k in range(depth):
+                    to, at = unit * V * depth + k * width * V, b0 + (k0 + k) * columns + unit * V
+                    for j in range(width):
+                        move(scratch, to + j * V, b, at + j * V, columns - (unit + j) * V)
                 unit += width
+            for s0 in range(first, last, STRIPS):
+                count = min(STRIPS, last - s0)
+                for k in range(depth):
+                    at = a0 + (k0 + k) * strips * V + s0 * V
+                    for s in range(count):
+                        move_vector(scratch, left + (s * DEPTH + k) * V, a, at + s * V)
+                unit = 0
+                while unit < units:
+                    width = width_at(unit, units, most)
+                    panel, whole = address(scratch, unit * V * depth), columns - unit * V >= width * V
+                    for s in range(count):
+                        p, g = (s0 + s) // gates, (s0 + s) % gates
+                        r, valid, at = 0, min(V, H - p * V), (g * H + p * V) * columns + unit * V
+                        while first_gate <= g < last_gate and r < valid:
+                            source, to = address(scratch, left + s * DEPTH * V + r), at + r * columns
+                            if whole:
+                                place = address(flat, to)
+                                r += block(
+                                    width, place, columns, V, place, columns, source, 1, V, panel, depth, valid - r
+                                )  # fmt: skip
+                                continue
+                            # The last columns are fewer than a panel: added to a copy.
+                            n, place = min(valid - r, _ACCUMULATORS // width), address(scratch, corner)
+                            for i in range(n * width):
+                                lanes = columns - (unit + i % width) * V
+                                move(scratch, corner + i * V, flat, to + i // width * columns + i % width * V, lanes)
+                            n = block(width, place, width * V, V, place, width * V, source, 1, V, panel, depth, n)
+                            for i in range(n * width):
+                                lanes = columns - (unit + i % width) * V
+                                move(flat, to + i // width * columns + i % width * V, scratch, corner + i * V, lanes)
+                            r += n
+                    unit += width
+
+    return add_transposed
 
 
 @njit
@@ -279,7 +262,7 @@ def add_sums(out, a, a0, gates, rows, first, last, scratch):
         for k in range(rows):
             at = a0 + k * stride + s0 * V
             for n in range(count * V):
-                scratch[n] += a[at + n]
+                scratch[np.uintp(n)] += a[np.uintp(at + n)]
         for s in range(s0, s0 + count):
             p, g = s // gates, s % gates
             for v in range(min(V, H - p * V)):

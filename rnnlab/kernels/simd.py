@@ -10,8 +10,9 @@ from llvmlite import binding, ir
 from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "move_part", "move_vector", "run_chains", "tile", "wait_for_all"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move_part", "move_vector", "run_chains", "tile", "wait_for_all"]
 
 
 def _vector_bytes() -> int:
@@ -112,46 +113,62 @@ class _Vectors:
         )
 
 
+@intrinsic
+def address(typing_context, array, index):
+    """Return where array[index] of a flat array lies in memory."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.ptrtoint(builder.gep(pointer, [arguments[1]]), arguments[1].type)
+
+    return types.intp(array, types.intp), generate
+
+
 @cache
-def tile(rows, units, group):
+def tile(rows, units, group, dtype):
     """Build the product of a tile that stays in registers: `rows` × C vectors of V numbers, C = units·group.
 
-    tile(out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, count): for r < rows, u < units and
-    n < group·V, with m = u·group·V + n,
+    tile(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, count): for r < rows, u < units and n < group·V, with
+    m = u·group·V + n,
 
-        out[o + r·o_row + u·o_unit + n] = start[s + r·s_row + m] + Σ_k a[a0 + r·a_row + k·a_k] · b[b0 + k·C·V + m]
+        out[r·o_row + u·o_unit + n] = start[r·s_row + m] + Σ_k a[r·a_row + k·a_k] · b[k·C·V + m],    k < count
 
-    for k < count, on flat contiguous arrays of one float type. No bounds are checked. Each number sums its k in order,
-    whatever the tile: results do not depend on how rows and columns are cut into tiles.
+    where out, start, a and b are addresses of numbers of `dtype`. No bounds are checked. Each number sums its k in
+    order, whatever the tile: results do not depend on how rows and columns are cut into tiles.
     """
     columns = units * group
 
     @intrinsic
-    def product(typing_context, out, o, o_row, o_unit, start, s, s_row, a, a0, a_row, a_k, b, b0, count):
+    def product(typing_context, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, count):
         def generate(context, builder, signature, arguments):
-            vectors = _Vectors(context, builder, out.dtype)
-            out_, o_, o_row_, o_unit_, start_, s_, s_row_, a_, a0_, a_row_, a_k_, b_, b0_, count_ = arguments
-            integer = o_.type
+            vectors = _Vectors(context, builder, from_dtype(dtype))
+            integer = arguments[0].type
+            pointers = [builder.inttoptr(arguments[i], vectors.element.as_pointer()) for i in (0, 3, 5, 8)]
+            (out_, start_, a_, right), (o_row_, o_unit_, s_row_, a_row_, a_k_, count_) = (
+                pointers,
+                (arguments[i] for i in (1, 2, 4, 6, 7, 9)),
+            )
             width = columns * vectors.lanes
 
             def constant(number):
                 return ir.Constant(integer, number)
 
-            places, begin = [], []
-            for r in range(rows):
-                row = vectors.address(start, start_, s_, builder.mul(s_row_, constant(r)))
-                begin += [vectors.load(builder.gep(row, [constant(c * vectors.lanes)])) for c in range(columns)]
-                for c in range(columns):
-                    unit, n = builder.mul(o_unit_, constant(c // group)), constant(c % group * vectors.lanes)
-                    places.append(vectors.address(out, out_, o_, builder.mul(o_row_, constant(r)), unit, n))
-            left = [vectors.address(a, a_, a0_, builder.mul(a_row_, constant(r))) for r in range(rows)]
-            right = vectors.address(b, b_, b0_)
+            def offset(pointer, *steps):
+                for step, number in steps:
+                    pointer = builder.gep(pointer, [builder.mul(step, constant(number))])
+                return pointer
+
+            one = constant(vectors.lanes)
+            begin = [
+                vectors.load(offset(start_, (s_row_, r), (one, c))) for r in range(rows) for c in range(columns)
+            ]
+            left = [offset(a_, (a_row_, r)) for r in range(rows)]
             before, body, after = builder.block, builder.append_basic_block("tile"), builder.append_basic_block("done")
             builder.branch(body)
             builder.position_at_end(body)
             k = builder.phi(integer)
             k.add_incoming(constant(0), before)
-            sums = [builder.phi(vectors.type) for _ in places]
+            sums = [builder.phi(vectors.type) for _ in begin]
             row_of_b = builder.gep(right, [builder.mul(k, constant(width))])
             b_vectors = [vectors.load(builder.gep(row_of_b, [constant(c * vectors.lanes)])) for c in range(columns)]
             step = builder.mul(k, a_k_)
@@ -167,12 +184,12 @@ def tile(rows, units, group):
                 phi.add_incoming(value, body)
             builder.cbranch(builder.icmp_signed("<", following, count_), body, after)
             builder.position_at_end(after)
-            for value, place in zip(new, places, strict=True):
-                vectors.store(value, place)
+            for i, value in enumerate(new):
+                r, c = divmod(i, columns)
+                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, c // group), (one, c % group)))
             return context.get_dummy_value()
 
-        i = types.intp
-        return types.void(out, i, i, i, start, i, i, a, i, i, i, b, i, i), generate
+        return types.void(*[types.intp] * 10), generate
 
     return product
 

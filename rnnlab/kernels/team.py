@@ -1,7 +1,9 @@
 """Threads that run one kernel together, and the memory that kernels work in."""
 
-import os
+import ctypes
+import math
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,9 +23,41 @@ Array = NDArray[Any]
 _WORTH_A_THREAD = 2e7
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    return np.empty(shape, dtype)
+# Memory -------------------------------------------------------------------------------------------------------------
 
+#: Bytes below which memory is not worth keeping.
+_SMALL = 1 << 16
+
+#: Bytes of freed arrays that are kept for the next call: fresh pages cost more than the arithmetic on them.
+_KEPT = 1 << 30
+
+_LINE = 64  # bytes of a cache line, which no register should straddle
+
+_free: dict[int, list[NDArray[np.uint8]]] = {}
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return what np.empty does, on a cache line; large arrays in memory that earlier ones have left."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < _SMALL:
+        memory = np.empty(size + _LINE, np.uint8)
+        return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
+    step = 1 << (size.bit_length() - 4)
+    size = -(-size // step) * step
+    kept = _free.get(size)
+    memory = kept.pop() if kept else np.empty(size + _LINE, np.uint8)
+    # Not an array, so that views of the result refer to it, and not to the memory behind it.
+    lease = (ctypes.c_char * size).from_address(memory.ctypes.data + -memory.ctypes.data % _LINE)
+    weakref.finalize(lease, _keep, size, memory).atexit = False
+    return np.ndarray(shape, dtype, lease)
+
+
+def _keep(size: int, memory: NDArray[np.uint8]) -> None:
+    if sum(size * len(kept) for size, kept in list(_free.items())) + size <= _KEPT:
+        _free.setdefault(size, []).append(memory)
+
+
+# Threads ------------------------------------------------------------------------------------------------------------
 
 def plan(cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool = False) -> tuple[int, bool]:
     """Return how many threads run a sequence, and whether they share the hidden units (or else the batch)."""
