@@ -19,17 +19,18 @@ __all__ = ["exp", "relu", "scalar", "sigmoid", "tanh"]
 scalar = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
 
 
-def _split_exp(real, integer, mantissa_bits, bias, low, high, ln2_high, ln2_low, expm1):
-    """Build x ↦ (p, s1, s2) with exp(x) = (1 + p)·s1·s2; s1 and s2 are powers of two (Cody & Waite 1980, ch. 6).
+def _split_exp(real, integer, mantissa_bits, bias, lift, low, high, ln2_high, ln2_low, expm1):
+    """Build x ↦ (p, s, tiny) with exp(x) = (1 + p)·s·tiny; s is a power of two (Cody & Waite 1980, ch. 6).
 
-    `expm1` approximates exp(r) − 1 for |r| ≤ ln2 / 2. There are two powers of two because 2ⁿ alone leaves the range of
-    the type before exp(x) does, where the result is subnormal.
+    `expm1` approximates exp(r) − 1 for |r| ≤ ln2 / 2. `tiny` is 2^−lift for x ≤ 0 and 2^lift above: s alone is a normal
+    number where exp(x) is subnormal or overflows.
     """
     low, high = real(low), real(high)
     log2_e, ln2_high, ln2_low = real(1 / np.log(2.0)), real(ln2_high), real(ln2_low)
     # Adding 1.5·2^mantissa_bits rounds to a whole number and leaves that number in the low bits.
-    magic = real(1.5 * 2.0**mantissa_bits)
-    magic_bits, bias, mantissa_bits, one = magic.view(integer), integer(bias), integer(mantissa_bits), integer(1)
+    magic, up, down = real(1.5 * 2.0**mantissa_bits), real(2.0**lift), real(2.0**-lift)
+    negative, positive = (integer(bias + k - int(magic.view(integer))) for k in (lift, -lift))
+    mantissa_bits = integer(mantissa_bits)
 
     @scalar
     def split(x):
@@ -38,13 +39,8 @@ def _split_exp(real, integer, mantissa_bits, bias, low, high, ln2_high, ln2_low,
         shifted = x * log2_e + magic
         whole = shifted - magic
         r = (x - whole * ln2_high) - whole * ln2_low
-        n = real(shifted).view(integer) - magic_bits
-        half = n >> one
-        return (
-            expm1(r),
-            integer((half + bias) << mantissa_bits).view(real),
-            integer((n - half + bias) << mantissa_bits).view(real),
-        )
+        exponent = real(shifted).view(integer) + (positive if x > real(0) else negative)
+        return expm1(r), integer(exponent << mantissa_bits).view(real), up if x > real(0) else down
 
     return split
 
@@ -80,10 +76,10 @@ def _expm1_polynomial64(r):
 
 
 _split_exp32 = _split_exp(
-    np.float32, np.int32, 23, 127, -110, 90, 0.693145751953125, 1.4286068203094172321e-6, _expm1_polynomial32()
+    np.float32, np.int32, 23, 127, 40, -110, 90, 0.693145751953125, 1.4286068203094172321e-6, _expm1_polynomial32()
 )
 _split_exp64 = _split_exp(
-    np.float64, np.int64, 52, 1023, -760, 720, 0.6931471803691238, 1.9082149292705878161e-10, _expm1_polynomial64
+    np.float64, np.int64, 52, 1023, 200, -760, 720, 0.6931471803691238, 1.9082149292705878161e-10, _expm1_polynomial64
 )
 
 
@@ -100,8 +96,8 @@ def _choose_exp_parts(x):
 @scalar
 def exp(x):
     """Return eˣ."""
-    p, s1, s2 = _exp_parts(x)
-    return (type(x)(1) + p) * s1 * s2
+    p, s, tiny = _exp_parts(x)
+    return (p * s + s) * tiny
 
 
 @scalar
@@ -117,12 +113,11 @@ def sigmoid(x):
 def tanh(x):
     """Return tanh(x) and its slope 1 / cosh²(x)."""
     one, two, four = type(x)(1), type(x)(2), type(x)(4)
-    p, s1, s2 = _exp_parts(-two * abs(x))
-    e = (one + p) * s1 * s2
-    expm1 = s1 * s2 * p + (s1 * s2 - one)
+    p, s, tiny = _exp_parts(-abs(x + x))
+    expm1 = s * tiny * p + (s * tiny - one)
     r = one / (two + expm1)
     t = -expm1 * r
-    return (t if x >= type(x)(0) else -t), four * e * r * r
+    return (t if x >= type(x)(0) else -t), four * ((p * s + s) * tiny) * r * r
 
 
 @scalar

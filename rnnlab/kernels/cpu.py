@@ -5,7 +5,7 @@ Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h a
     x (T, B, I)      weight_ih (G·H, I), weight_hh (G·H, H)      state, d_state (S, T+1, B, H), slot 0 is the initial one
 
 V units fill one vector register; U such vectors hold all H, the last one padded. What stays inside is kept in that
-order: ax, dax and dah are (T, B, U, G, V), `saved` is (T, B, U, K, V).
+order: ax, dax and dah are (T, B, U, G, V), `saved` is (T, U, B, K, V).
 
 Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product with
 W_hh leaves the sums of all gates of a few sequences and units in a small panel, where the cell takes them up at once;
@@ -159,6 +159,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         flat_reset = reset_h.reshape(-1)
         slot = (T + 1) * B * H  # from one state to the next
 
+        panel[:] = 0  # lanes past the last unit stay finite, and meet weights of 0
         u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
         pack_gates(work, PACKED_HH, weight_hh, G, most, u0, u1)
         v0, v1 = share(units, MANY, rank, parties), share(units, MANY, rank + 1, parties)
@@ -212,7 +213,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                                     reset_panel(panel, base)
                                     move(flat_reset, ((t if KEEP else 0) * B + r) * H + u * V, panel, base + NEW, n)
                                     if KEEP:
-                                        to = ((t * B + r) * units + u) * KS * V + K * V
+                                        to = ((t * units + u) * B + r) * KS * V + K * V
                                         move(flat_saved, to, panel, base + SAVED, V)
                                         move(flat_saved, to + V, panel, base + SAVED + V, V)
                                     for g in range(G - 1):
@@ -245,7 +246,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                             for u in range(unit, unit + width):
                                 base, n = ((r - b) * MANY_LAST + u - unit) * SIZE, min(V, H - u * V)
                                 h = old + r * H + u * V
-                                kept = ((t * B + r) * units + u) * KS * V
+                                kept = ((t * units + u) * B + r) * KS * V
                                 if t >= lengths[r]:  # past the end of a sequence its state is held
                                     for s in range(S):
                                         move(flat_state, s * slot + h + B * H, flat_state, s * slot + h, n)
@@ -438,6 +439,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
         flat_d, flat_direct, flat_dx, flat_dp = d_state.reshape(-1), d_output.reshape(-1), dx.reshape(-1), d_peephole.reshape(-1)
 
+        panel[: _ROWS * MANY * SIZE] = 0  # lanes past the last unit stay finite, and meet weights of 0
         u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
         pack_columns(work, PACKED_HH, weight_hh, G, most, u0, u1)
         i0, i1 = share(inputs, MANY, rank, parties), share(inputs, MANY, rank + 1, parties)
@@ -536,7 +538,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                         move(panel, base + DIRECT, work, ZERO, V)
                                     move(panel, base + DIRECT, flat_direct, (t * B + r) * H + u * V, n)
                                     add_panel(panel, base + NEW, base + DIRECT)
-                                kept = ((t * B + r) * units + u) * KS * V
+                                kept = ((t * units + u) * B + r) * KS * V
                                 for k in range(K):
                                     move(panel, base + SAVED + k * V, flat_saved, kept + k * V, V)
                                 for p in range(P):
@@ -575,7 +577,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 for u in range(unit, unit + width):
                                     if t < lengths[r]:
                                         base, at = ((r - b) * MANY + u - unit) * SIZE, CARRY + (r * units + u) * V
-                                        kept = ((t * B + r) * units + u) * KS * V + K * V
+                                        kept = ((t * units + u) * B + r) * KS * V + K * V
                                         move(panel, base + SAVED, flat_saved, kept, V)
                                         move(panel, base + SAVED + V, flat_saved, kept + V, V)
                                         move(panel, base + OLD, work, at, V)
@@ -765,7 +767,7 @@ def forward(
     V = VECTOR_BYTES // dtype.itemsize
     states = empty((S, T + 1, B, H), dtype)
     states[:, 0] = state
-    saved = empty((T if keep else 0, B, -(-H // V), _saved(cell), V), dtype)
+    saved = empty((T if keep else 0, -(-H // V), B, _saved(cell), V), dtype)
     reset_h = empty(((T if keep else 1) if cell.reset else 0, B, H), dtype)
     chunk = max(1, min(T, _CHUNK // B))
     size = _forward_work(cell, V)(I, H, chunk * B, B)[-1]
@@ -830,7 +832,9 @@ def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array
         return values.reshape(1, T * B, -1) if values.size else values
 
     running = (np.arange(T)[:, None] < trace.lengths).reshape(-1).astype(np.int64)
-    alone = trace._replace(x=one_step(trace.x), saved=one_step(trace.saved), lengths=running)
+    saved = trace.saved.swapaxes(0, 1)
+    saved = np.ascontiguousarray(saved).reshape(1, saved.shape[0], T * B, *saved.shape[3:])
+    alone = trace._replace(x=one_step(trace.x), saved=saved, reset_h=one_step(trace.reset_h), lengths=running)
     nothing = np.zeros((len(cell.states), T * B, H), d_output.dtype)
     return backward(cell, alone, weights, one_step(d_output), nothing, np.zeros((1, T * B), np.int64))
 
@@ -843,10 +847,12 @@ def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Ar
     H, S, G, B = weights.weight_hh.shape[1], len(cell.states), len(cell.gates), trace.x.shape[1]
     dtype = trace.x.dtype
     d_ah, d_old = np.empty((S, B, G * H), dtype), np.empty((S, S, B, H), dtype)
-    _diagonals_kernel(cell, dtype)(trace.saved[t], weights.peephole, np.eye(S, dtype=dtype), d_ah, d_old)
+    units, _, K, V = trace.saved.shape[1:]
+    saved = np.ascontiguousarray(trace.saved[t].transpose(1, 2, 0, 3).reshape(B, K, units * V)[:, :, :H]).reshape(B, -1)
+    _diagonals_kernel(cell, dtype)(saved, weights.peephole, np.eye(S, dtype=dtype), d_ah, d_old)
     products = np.broadcast_to(weights.weight_hh.reshape(G, H, H), (B, G, H, H))
     if cell.reset:
-        r, reset_r = trace.saved[t].reshape(B, -1, H)[:, cell.saved :].swapaxes(0, 1)
+        r, reset_r = saved.reshape(B, -1, H)[:, cell.saved :].swapaxes(0, 1)
         d_reset = reset_r[:, :, None] * products[:, 0] + r[:, :, None] * np.eye(H, dtype=dtype)
         products = np.stack([*products.swapaxes(0, 1)[:-1], products[:, -1] @ d_reset], axis=1)
     J = np.zeros((B, S, H, S, H), dtype)

@@ -89,6 +89,13 @@ class _Vectors:
     def store(self, value, pointer):
         self.builder.store(value, self.builder.bitcast(pointer, self.type.as_pointer()), align=self.size)
 
+    def prefetch(self, pointer):
+        read, soon, data = (ir.Constant(ir.IntType(32), i) for i in (0, 3, 1))
+        kinds = [argument.type for argument in (pointer, read, soon, data)]
+        function = ir.FunctionType(ir.VoidType(), kinds)
+        prefetch = cgutils.get_or_insert_function(self.builder.module, function, "llvm.prefetch.p0")
+        self.builder.call(prefetch, [pointer, read, soon, data])
+
     def mask(self, count):
         """Return which lanes come before `count`."""
         lanes = ir.Constant(ir.VectorType(count.type, self.lanes), [ir.Constant(count.type, i) for i in range(self.lanes)])
@@ -159,16 +166,16 @@ def tile(rows, units, group, dtype):
                 return pointer
 
             one = constant(vectors.lanes)
-            begin = [
-                vectors.load(offset(start_, (s_row_, r), (one, c))) for r in range(rows) for c in range(columns)
-            ]
+            cells = [(r, *divmod(c, group)) for r in range(rows) for c in range(columns)]
+            for r, u, g in cells:
+                vectors.prefetch(offset(start_, (s_row_, r), (one, u * group + g)))
             left = [offset(a_, (a_row_, r)) for r in range(rows)]
             before, body, after = builder.block, builder.append_basic_block("tile"), builder.append_basic_block("done")
             builder.branch(body)
             builder.position_at_end(body)
             k = builder.phi(integer)
             k.add_incoming(constant(0), before)
-            sums = [builder.phi(vectors.type) for _ in begin]
+            sums = [builder.phi(vectors.type) for _ in cells]
             row_of_b = builder.gep(right, [builder.mul(k, constant(width))])
             b_vectors = [vectors.load(builder.gep(row_of_b, [constant(c * vectors.lanes)])) for c in range(columns)]
             step = builder.mul(k, a_k_)
@@ -179,14 +186,15 @@ def tile(rows, units, group, dtype):
                     new.append(builder.call(vectors.fma, [factor, b_vectors[c], sums[r * columns + c]]))
             following = builder.add(k, constant(1))
             k.add_incoming(following, body)
-            for phi, first, value in zip(sums, begin, new, strict=True):
-                phi.add_incoming(first, before)
+            for phi, value in zip(sums, new, strict=True):
+                phi.add_incoming(ir.Constant(vectors.type, None), before)
                 phi.add_incoming(value, body)
             builder.cbranch(builder.icmp_signed("<", following, count_), body, after)
             builder.position_at_end(after)
-            for i, value in enumerate(new):
-                r, c = divmod(i, columns)
-                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, c // group), (one, c % group)))
+            for value, (r, u, g) in zip(new, cells, strict=True):
+                place = offset(start_, (s_row_, r), (one, u * group + g))
+                value = builder.fadd(vectors.load(place), value)
+                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, u), (one, g)))
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 10), generate

@@ -2,6 +2,8 @@
 
 import ctypes
 import math
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -66,12 +68,29 @@ def plan(cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scale
     return parties, False
 
 
+_current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
+
+
 @cache
 def _pool(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="rnnlab")
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+#: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
+
+_place = threading.local()
+
+
+def _run_beside(core: int, cores: list[int], call: Callable[..., Any], *arguments: Any) -> None:
+    """Run `call` in this thread, on another core than the caller's, where the scheduler may leave it for a while."""
+    if core >= 0 and getattr(_place, "core", None) != core:
+        os.sched_setaffinity(0, {core})
+        _place.core = core
+    call(*arguments)
 
 
 def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties: int, by_units: bool) -> None:
@@ -81,7 +100,14 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
         kernel(*arguments, counter, 0, 1, False)
         return
     try:
-        others = [_pool(parties - 1).submit(kernel, *arguments, counter, k, parties, by_units) for k in range(1, parties)]
+        cores = sorted(os.sched_getaffinity(0)) if _current_core else []
+        here = cores.index(_current_core()) if len(cores) >= parties else 0
+        others = []
+        for k in range(1, parties):
+            core = cores[(here + k) % len(cores)] if len(cores) >= parties else -1
+            others.append(
+                _pool(parties - 1).submit(_run_beside, core, cores, kernel, *arguments, counter, k, parties, by_units)
+            )
         kernel(*arguments, counter, 0, parties, by_units)
         for other in others:
             other.result()
