@@ -28,10 +28,10 @@ from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .compiling import kernel
 from .products import (
+    ACCUMULATORS,
     add_sums,
     add_transposed,
     blocks,
-    move,
     multiply,
     pack_columns,
     pack_gates,
@@ -40,16 +40,13 @@ from .products import (
     share,
     width_at,
 )
-from .simd import VECTOR_BYTES, address, wait_for_all
+from .simd import VECTOR_BYTES, address, move, prefetch, wait_for_all
 from .team import empty, plan, run_together
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
 
 #: Rows (steps times batch) in a chunk.
 _CHUNK = 256
-
-#: Rows of the largest tile.
-_ROWS = 8
 
 
 # Panels: V units side by side ---------------------------------------------------------------------------------------
@@ -104,9 +101,10 @@ def _nothing(count, dtype):
 
 @cache
 def _forward_panel(cell: Cell, V: int):
-    """Regions of the panel of V units: gate sums, ax where it is apart, peephole, old and new state, saved."""
+    """Regions of the panel: gate sums, ax where it is apart, peephole, old and new state, saved."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    return _regions(*(V * n for n in (G, 0 if cell.joint else G, P, S, S, _saved(cell))))
+    size = V * (ACCUMULATORS // (1 if cell.reset else G))
+    return size, _regions(*(size * n for n in (G, 0 if cell.joint else G, P, S, S, _saved(cell))))
 
 
 def _saved(cell: Cell) -> int:
@@ -136,7 +134,7 @@ def _forward_work(cell: Cell, V: int):
 def _forward_kernel(cell: Cell, dtype, keep: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, _saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    SUM, AX_, PEEPHOLE_, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    R, (SUM, AX_, PEEPHOLE_, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
     JOINT, RESET, KEEP = cell.joint, cell.reset is not None, keep
     STEP_G = 1 if RESET else G  # gates whose product is taken last
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
@@ -202,23 +200,25 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         b = first
                         while b < last:
                             count = all_gates(
-                                width, address(panel, SUM), MANY * SIZE, SIZE,
+                                width, address(panel, SUM), width * V, V, R,
                                 address(work, ax + b * row + unit * G * V), row, address(flat_state, old + b * H), H, 1,
                                 address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
-                            for r in range(b, b + count):
-                                for u in range(unit, unit + width):
-                                    base, n, at = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V), r * units + u
-                                    move(panel, base + OLD, flat_state, old + r * H + u * V, n)
-                                    reset_panel(panel, base)
-                                    move(flat_reset, ((t if KEEP else 0) * B + r) * H + u * V, panel, base + NEW, n)
-                                    if KEEP:
-                                        to = ((t * units + u) * B + r) * KS * V + K * V
-                                        move(flat_saved, to, panel, base + SAVED, V)
-                                        move(flat_saved, to + V, panel, base + SAVED + V, V)
-                                    for g in range(G - 1):
-                                        move(work, SUMS + (at * G + g) * V, panel, base + SUM + g * V, V)
-                                    move(work, LAST_SUM + at * V, panel, base + SUM + (G - 1) * V, V)
+                            for i in range(count * width):
+                                r, u = b + i // width, unit + i % width
+                                move(panel, OLD + i * V, flat_state, old + r * H + u * V, H - u * V)
+                            reset_panel(panel, count * width * V)
+                            for i in range(count * width):
+                                r, u = b + i // width, unit + i % width
+                                to = ((t if KEEP else 0) * B + r) * H + u * V
+                                move(flat_reset, to, panel, NEW + i * V, H - u * V)
+                                if KEEP:
+                                    to = (((t * units + u) * B + r) * KS + K) * V
+                                    move(flat_saved, to, panel, SAVED + i * V, V)
+                                    move(flat_saved, to + V, panel, SAVED + R + i * V, V)
+                                for g in range(G - 1):
+                                    move(work, SUMS + ((r * units + u) * G + g) * V, panel, SUM + g * R + i * V, V)
+                                move(work, LAST_SUM + (r * units + u) * V, panel, SUM + (G - 1) * R + i * V, V)
                             b += count
                         unit += width
                     if by_units:
@@ -230,46 +230,42 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                     while b < last:
                         if RESET:
                             count = last_gates(
-                                width, address(panel, SUM + (G - 1) * V), MANY_LAST * SIZE, SIZE,
+                                width, address(panel, SUM + (G - 1) * R), width * V, V, R,
                                 address(work, LAST_SUM + (b * units + unit) * V), units * V,
                                 address(flat_reset, ((t if KEEP else 0) * B + b) * H), H, 1,
                                 address(work, PACKED_LAST + unit * V * H), H, last - b,
                             )  # fmt: skip
                         else:
                             count = last_gates(
-                                width, address(panel, SUM), MANY_LAST * SIZE, SIZE,
+                                width, address(panel, SUM), width * V, V, R,
                                 address(work, (ax + b * row if JOINT else BIAS_HH) + unit * G * V), row if JOINT else 0,
                                 address(flat_state, old + b * H), H, 1,
                                 address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
-                        for r in range(b, b + count):
-                            for u in range(unit, unit + width):
-                                base, n = ((r - b) * MANY_LAST + u - unit) * SIZE, min(V, H - u * V)
-                                h = old + r * H + u * V
-                                kept = ((t * units + u) * B + r) * KS * V
-                                if t >= lengths[r]:  # past the end of a sequence its state is held
-                                    for s in range(S):
-                                        move(flat_state, s * slot + h + B * H, flat_state, s * slot + h, n)
-                                    if KEEP:
-                                        for k in range(K * V):
-                                            flat_saved[kept + k] = 0
-                                    continue
-                                if RESET:
-                                    for g in range(G - 1):
-                                        move(panel, base + g * V, work, SUMS + ((r * units + u) * G + g) * V, V)
-                                if not JOINT:
-                                    for g in range(G):
-                                        move(panel, base + AX_ + g * V, work, ax + r * row + (u * G + g) * V, V)
-                                for p in range(P):
-                                    move(panel, base + PEEPHOLE_ + p * V, work, PEEPHOLE + (p * units + u) * V, V)
+                        for i in range(count * width):
+                            r, u = b + i // width, unit + i % width
+                            for g in range(G - 1 if RESET else 0):
+                                move(panel, SUM + g * R + i * V, work, SUMS + ((r * units + u) * G + g) * V, V)
+                            for g in range(0 if JOINT else G):
+                                move(panel, AX_ + g * R + i * V, work, ax + r * row + (u * G + g) * V, V)
+                            for p in range(P):
+                                move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
+                            for s in range(S):
+                                move(panel, OLD + s * R + i * V, flat_state, s * slot + old + r * H + u * V, H - u * V)
+                        cell_panel(panel, count * width * V)
+                        for i in range(count * width):
+                            r, u = b + i // width, unit + i % width
+                            to, n, kept = old + (B + r) * H + u * V, H - u * V, ((t * units + u) * B + r) * KS * V
+                            if t < lengths[r]:
                                 for s in range(S):
-                                    move(panel, base + OLD + s * V, flat_state, s * slot + h, n)
-                                cell_panel(panel, base)
+                                    move(flat_state, s * slot + to, panel, NEW + s * R + i * V, n)
+                                for k in range(K if KEEP else 0):
+                                    move(flat_saved, kept + k * V, panel, SAVED + k * R + i * V, V)
+                            else:  # past the end of a sequence its state is held
                                 for s in range(S):
-                                    move(flat_state, s * slot + h + B * H, panel, base + NEW + s * V, n)
-                                if KEEP:
-                                    for k in range(K):
-                                        move(flat_saved, kept + k * V, panel, base + SAVED + k * V, V)
+                                    move(flat_state, s * slot + to, flat_state, s * slot + to - B * H, n)
+                                for k in range(K * V if KEEP else 0):
+                                    flat_saved[kept + k] = 0
                         b += count
                     unit += width
 
@@ -281,19 +277,19 @@ def _cell_forward(cell: Cell, dtype, keep: bool):
     """Build the loop of `step` over a panel."""
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     V = VECTOR_BYTES // dtype.itemsize
-    SUM, AX, PEEPHOLE, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
     take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
     step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
 
     @panel_loop
-    def cell_forward(panel, base):
-        for v in range(base, base + V):
-            ax = take_gates(panel, v + (SUM if JOINT else AX), V)
-            ah = nothing if JOINT else take_gates(panel, v + SUM, V)
-            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, V), take_states(panel, v + OLD, V))
-            put_states(panel, v + NEW, V, new)
+    def cell_forward(panel, count):
+        for v in range(count):
+            ax = take_gates(panel, v + (SUM if JOINT else AX), R)
+            ah = nothing if JOINT else take_gates(panel, v + SUM, R)
+            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(panel, v + OLD, R))
+            put_states(panel, v + NEW, R, new)
             if KEEP:
-                put_saved(panel, v + SAVED, V, partials)
+                put_saved(panel, v + SAVED, R, partials)
 
     return cell_forward
 
@@ -302,15 +298,15 @@ def _cell_forward(cell: Cell, dtype, keep: bool):
 def _reset_forward(cell: Cell, dtype):
     """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
     V = VECTOR_BYTES // dtype.itemsize
-    SUM, AX, PEEPHOLE, OLD, NEW, SAVED, SIZE = _forward_panel(cell, V)
+    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
     reset, nothing, take, put, keep = cell.reset[0], dtype.type(-0.0), _take(1), _put(1), _put(2)
 
     @panel_loop
-    def reset_forward(panel, base):
-        for v in range(base, base + V):
-            new, kept = reset(take(panel, v + SUM, V)[0], nothing, take(panel, v + OLD, V)[0])
-            put(panel, v + NEW, V, (new,))
-            keep(panel, v + SAVED, V, kept)
+    def reset_forward(panel, count):
+        for v in range(count):
+            new, kept = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
+            put(panel, v + NEW, R, (new,))
+            keep(panel, v + SAVED, R, kept)
 
     return reset_forward
 
@@ -381,9 +377,9 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
 
 @cache
 def _backward_panel(cell: Cell, V: int):
-    """Regions of the panel of V units: dL/dstate as it comes and in total, direct part, saved, peephole, results."""
+    """Regions of the panel: dL/dstate as it comes, direct part, saved, peephole; dL/d of what `step` took."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    return _regions(*(V * n for n in (S, 1, _saved(cell), P, G, G, P, S, S)))
+    return V * ACCUMULATORS, _regions(*(V * ACCUMULATORS * n for n in (S, 1, _saved(cell), P, G, G, P, S, S)))
 
 
 @cache
@@ -413,12 +409,11 @@ def _backward_work(cell: Cell, V: int):
 def _backward_kernel(cell: Cell, dtype, scaled: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, _saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    NEW, DIRECT, SAVED, PEEPHOLE_, DAX_, DAH_, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
-    JOINT, RESET, SCALED, ROWS = cell.joint, cell.reset is not None, scaled, _ROWS
+    R, (NEW, DIRECT, SAVED, PEEPHOLE_, DAX_, DAH_, DP, TOTAL, OLD, SIZE) = _backward_panel(cell, V)
+    JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
     SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
-    cell_back = _cell_backward(cell, V)
+    cell_back = _cell_backward(cell, V, scaled)
     reset_back = _reset_backward(cell, V) if RESET else None
-    add_panel = _add_panel(V)
     regions, block, many = _backward_work(cell, V), blocks(1, dtype), multiply(1, dtype)
     add_product, input_gradient = add_transposed(dtype), _input_gradient(dtype)
 
@@ -439,7 +434,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
         flat_d, flat_direct, flat_dx, flat_dp = d_state.reshape(-1), d_output.reshape(-1), dx.reshape(-1), d_peephole.reshape(-1)
 
-        panel[: _ROWS * MANY * SIZE] = 0  # lanes past the last unit stay finite, and meet weights of 0
+        panel[:SIZE] = 0  # lanes past the last unit stay finite, and meet weights of 0
         u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
         pack_columns(work, PACKED_HH, weight_hh, G, most, u0, u1)
         i0, i1 = share(inputs, MANY, rank, parties), share(inputs, MANY, rank + 1, parties)
@@ -501,63 +496,69 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                     width = width_at(unit, units, most)
                     b = first
                     while b < last:
-                        count = min(ROWS, last - b)
+                        count = min(max(1, ACCUMULATORS // width), last - b)
+                        for i in range(count * width):
+                            r, u = b + i // width, unit + i % width
+                            prefetch(flat_direct, (t * B + r) * H + u * V)
+                            for k in range(K):
+                                prefetch(flat_saved, (((t * units + u) * B + r) * KS + k) * V)
                         if not SCALED and t < T - 1:
                             count = block(
-                                width, address(panel, NEW), MANY * SIZE, SIZE,
+                                width, address(panel, NEW), width * V, V, 0,
                                 address(work, CARRY + (b * units + unit) * V), units * V,
                                 address(work, after + apart + b * row), row, 1,
                                 address(work, PACKED_HH + unit * V * depth), depth, last - b,
                             )  # fmt: skip
-                        for r in range(b, b + count):
-                            for u in range(unit, unit + width):
-                                base, n = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V)
-                                new, at = ((t + 1) * B + r) * H + u * V, (r * units + u) * V
-                                if SCALED:
-                                    for s in range(S):
-                                        if n < V:
-                                            move(panel, base + NEW + s * V, work, ZERO, V)
-                                        move(panel, base + NEW + s * V, flat_d, s * slot + new, n)
-                                else:
-                                    for s in range(0 if t == T - 1 else 1, S):
-                                        move(panel, base + NEW + s * V, work, CARRY + s * B * units * V + at, V)
-                                da = dax + (r * units + u) * G * V
-                                if t >= lengths[r]:  # the state was held: so is its adjoint, and no weight has a share
-                                    for s in range(S):
-                                        move(flat_d, s * slot + new, panel, base + NEW + s * V, n)
-                                        move(work, CARRY + s * B * units * V + at, panel, base + NEW + s * V, V)
-                                    for g in range(G):
-                                        move(work, da + g * V, work, ZERO, V)
-                                        if not JOINT:
-                                            move(work, da + apart + g * V, work, ZERO, V)
-                                    if RESET:
-                                        move(work, DA_LAST + at, work, ZERO, V)
-                                    continue
-                                if not SCALED:
-                                    if n < V:
-                                        move(panel, base + DIRECT, work, ZERO, V)
-                                    move(panel, base + DIRECT, flat_direct, (t * B + r) * H + u * V, n)
-                                    add_panel(panel, base + NEW, base + DIRECT)
-                                kept = ((t * units + u) * B + r) * KS * V
-                                for k in range(K):
-                                    move(panel, base + SAVED + k * V, flat_saved, kept + k * V, V)
-                                for p in range(P):
-                                    move(panel, base + PEEPHOLE_ + p * V, work, PEEPHOLE + (p * units + u) * V, V)
-                                    move(panel, base + DP + p * V, flat_dp, (r * P + p) * units * V + u * V, V)
-                                cell_back(panel, base)
-                                for g in range(G):
-                                    move(work, da + g * V, panel, base + DAX_ + g * V, V)
-                                    if not JOINT:
-                                        move(work, da + apart + g * V, panel, base + DAH_ + g * V, V)
-                                for p in range(P):
-                                    move(flat_dp, (r * P + p) * units * V + u * V, panel, base + DP + p * V, V)
+                        for i in range(count * width):
+                            r, u = b + i // width, unit + i % width
+                            n, at, kept = H - u * V, (r * units + u) * V, ((t * units + u) * B + r) * KS * V
+                            if SCALED:
                                 for s in range(S):
-                                    total = NEW if s == 0 else TOTAL + s * V
-                                    if not (SCALED and s == 0):
-                                        move(flat_d, s * slot + new, panel, base + total, n)
-                                    move(work, CARRY + s * B * units * V + at, panel, base + OLD + s * V, V)
+                                    if n < V:
+                                        move(panel, NEW + s * R + i * V, work, ZERO, V)
+                                    to = s * slot + ((t + 1) * B + r) * H + u * V
+                                    move(panel, NEW + s * R + i * V, flat_d, to, n)
+                            else:
+                                for s in range(0 if t == T - 1 else 1, S):
+                                    move(panel, NEW + s * R + i * V, work, CARRY + s * B * units * V + at, V)
+                                if n < V or t >= lengths[r]:
+                                    move(panel, DIRECT + i * V, work, ZERO, V)
+                                if t < lengths[r]:
+                                    move(panel, DIRECT + i * V, flat_direct, (t * B + r) * H + u * V, n)
+                            for k in range(K):
+                                move(panel, SAVED + k * R + i * V, flat_saved, kept + k * V, V)
+                            for p in range(P):
+                                move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
+                                move(panel, DP + p * R + i * V, flat_dp, ((r * P + p) * units + u) * V, V)
+                        cell_back(panel, count * width * V)
+                        for i in range(count * width):
+                            r, u = b + i // width, unit + i % width
+                            n, at, da = H - u * V, (r * units + u) * V, dax + (r * units + u) * G * V
+                            if t >= lengths[r]:  # the state was held: so is its adjoint, and no weight has a share
+                                for s in range(S):
+                                    to = s * slot + ((t + 1) * B + r) * H + u * V
+                                    move(flat_d, to, panel, NEW + s * R + i * V, n)
+                                    move(work, CARRY + s * B * units * V + at, panel, NEW + s * R + i * V, V)
+                                for g in range(G):
+                                    move(work, da + g * V, work, ZERO, V)
+                                    if not JOINT:
+                                        move(work, da + apart + g * V, work, ZERO, V)
                                 if RESET:
-                                    move(work, DA_LAST + at, panel, base + DAX_ + (G - 1) * V, V)
+                                    move(work, DA_LAST + at, work, ZERO, V)
+                                continue
+                            for g in range(G):
+                                move(work, da + g * V, panel, DAX_ + g * R + i * V, V)
+                                if not JOINT:
+                                    move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, V)
+                            for p in range(P):
+                                move(flat_dp, ((r * P + p) * units + u) * V, panel, DP + p * R + i * V, V)
+                            for s in range(S):
+                                if not (SCALED and s == 0):
+                                    to = s * slot + ((t + 1) * B + r) * H + u * V
+                                    move(flat_d, to, panel, TOTAL + s * R + i * V, n)
+                                move(work, CARRY + s * B * units * V + at, panel, OLD + s * R + i * V, V)
+                            if RESET:
+                                move(work, DA_LAST + at, panel, DAX_ + (G - 1) * R + i * V, V)
                         b += count
                     unit += width
                 if RESET:
@@ -569,21 +570,22 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                         b = first
                         while b < last:
                             count = block(
-                                width, address(panel, NEW), MANY * SIZE, SIZE, address(work, ZERO), 0,
+                                width, address(panel, NEW), width * V, V, 0, address(work, ZERO), 0,
                                 address(work, DA_LAST + b * units * V), units * V, 1,
                                 address(work, PACKED_LAST + unit * V * units * V), units * V, last - b,
                             )  # fmt: skip
-                            for r in range(b, b + count):
-                                for u in range(unit, unit + width):
-                                    if t < lengths[r]:
-                                        base, at = ((r - b) * MANY + u - unit) * SIZE, CARRY + (r * units + u) * V
-                                        kept = ((t * units + u) * B + r) * KS * V + K * V
-                                        move(panel, base + SAVED, flat_saved, kept, V)
-                                        move(panel, base + SAVED + V, flat_saved, kept + V, V)
-                                        move(panel, base + OLD, work, at, V)
-                                        reset_back(panel, base)
-                                        move(work, dax + (r * units + u) * G * V, panel, base + DAX_, V)
-                                        move(work, at, panel, base + OLD, V)
+                            for i in range(count * width):
+                                r, u = b + i // width, unit + i % width
+                                kept = (((t * units + u) * B + r) * KS + K) * V
+                                move(panel, SAVED + i * V, flat_saved, kept, V)
+                                move(panel, SAVED + R + i * V, flat_saved, kept + V, V)
+                                move(panel, OLD + i * V, work, CARRY + (r * units + u) * V, V)
+                            reset_back(panel, count * width * V)
+                            for i in range(count * width):
+                                r, u = b + i // width, unit + i % width
+                                if t < lengths[r]:
+                                    move(work, dax + (r * units + u) * G * V, panel, DAX_ + i * V, V)
+                                    move(work, CARRY + (r * units + u) * V, panel, OLD + i * V, V)
                             b += count
                         unit += width
                 after = dax
@@ -615,17 +617,16 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             b = first
             while b < last:
                 count = block(
-                    width, address(panel, NEW), MANY * SIZE, SIZE,
+                    width, address(panel, NEW), width * V, V, 0,
                     address(work, CARRY + (b * units + unit) * V), units * V,
                     address(work, after + apart + b * row), row, 1,
                     address(work, PACKED_HH + unit * V * depth), depth, last - b,
                 )  # fmt: skip
-                for r in range(b, b + count):
-                    for u in range(unit, unit + width):
-                        base, n = ((r - b) * MANY + u - unit) * SIZE, min(V, H - u * V)
-                        move(flat_d, r * H + u * V, panel, base + NEW, n)
-                        for s in range(1, S):
-                            move(flat_d, s * slot + r * H + u * V, work, CARRY + ((s * B + r) * units + u) * V, n)
+                for i in range(count * width):
+                    r, u = b + i // width, unit + i % width
+                    move(flat_d, r * H + u * V, panel, NEW + i * V, H - u * V)
+                    for s in range(1, S):
+                        move(flat_d, s * slot + r * H + u * V, work, CARRY + ((s * B + r) * units + u) * V, H - u * V)
                 b += count
             unit += width
 
@@ -633,39 +634,30 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
 
 
 @cache
-def _add_panel(V: int):
-    take, add = _take(1), _put(1, add=True)
-
-    @panel_loop
-    def add_panel(panel, to, source):
-        for v in range(V):
-            add(panel, to + v, V, take(panel, source + v, V))
-
-    return add_panel
-
-
-@cache
-def _cell_backward(cell: Cell, V: int):
+def _cell_backward(cell: Cell, V: int, scaled: bool):
     """Build the loop of `step_backward` over a panel."""
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
-    NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
-    take_saved, take_peepholes, take_states = _take(K), _take(P), _take(S)
+    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = _backward_panel(cell, V)
+    take_saved, take_peepholes, take_states, take_direct = _take(K), _take(P), _take(S), _take(1)
     put_gates, add_peepholes, put_states = _put(len(cell.gates)), _put(P, add=True), _put(S)
-    step_backward = cell.step_backward
+    step_backward, add_direct, JOINT, SCALED = cell.step_backward, _put(1, add=True), cell.joint, scaled
 
     @panel_loop
-    def cell_backward(panel, base):
-        for v in range(base, base + V):
+    def cell_backward(panel, count):
+        for v in range(count):
+            if not SCALED:
+                add_direct(panel, v + NEW, R, take_direct(panel, v + DIRECT, R))
             da_x, da_h, dp, total, d_old = step_backward(
-                take_saved(panel, v + SAVED, V),
-                take_peepholes(panel, v + PEEPHOLE, V),
-                take_states(panel, v + NEW, V),
+                take_saved(panel, v + SAVED, R),
+                take_peepholes(panel, v + PEEPHOLE, R),
+                take_states(panel, v + NEW, R),
             )
-            put_gates(panel, v + DAX, V, da_x)
-            put_gates(panel, v + DAH, V, da_h)
-            add_peepholes(panel, v + DP, V, dp)
-            put_states(panel, v + TOTAL, V, total)
-            put_states(panel, v + OLD, V, d_old)
+            put_gates(panel, v + DAX, R, da_x)
+            if not JOINT:
+                put_gates(panel, v + DAH, R, da_h)
+            add_peepholes(panel, v + DP, R, dp)
+            put_states(panel, v + TOTAL, R, total)
+            put_states(panel, v + OLD, R, d_old)
 
     return cell_backward
 
@@ -674,16 +666,16 @@ def _cell_backward(cell: Cell, V: int):
 def _reset_backward(cell: Cell, V: int):
     """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh."""
     _, reset_backward = cell.reset
-    NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, SIZE = _backward_panel(cell, V)
+    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = _backward_panel(cell, V)
 
     take, take_kept, put = _take(1), _take(2), _put(1)
 
     @panel_loop
-    def reset_panel(panel, base):
-        for v in range(base, base + V):
-            da, dh = reset_backward(take_kept(panel, v + SAVED, V), take(panel, v + NEW, V)[0])
-            put(panel, v + DAX, V, (da,))
-            put(panel, v + OLD, V, (take(panel, v + OLD, V)[0] + dh,))
+    def reset_panel(panel, count):
+        for v in range(count):
+            da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + NEW, R)[0])
+            put(panel, v + DAX, R, (da,))
+            put(panel, v + OLD, R, (take(panel, v + OLD, R)[0] + dh,))
 
     return reset_panel
 
@@ -702,9 +694,9 @@ def _input_gradient(dtype):
             while r < rows:
                 at, a = to + r * I + unit * V, address(work, dax + r * row)
                 if whole:
-                    r += block(width, address(dx, at), I, V, start, 0, a, row, 1, b, depth, rows - r)
+                    r += block(width, address(dx, at), I, V, 0, start, 0, a, row, 1, b, depth, rows - r)
                     continue
-                count = block(width, address(scratch, 0), width * V, V, start, 0, a, row, 1, b, depth, rows - r)
+                count = block(width, address(scratch, 0), width * V, V, 0, start, 0, a, row, 1, b, depth, rows - r)
                 for i in range(count * width):
                     move(dx, at + i // width * I + i % width * V, scratch, i * V, I - (unit + i % width) * V)
                 r += count
@@ -772,8 +764,7 @@ def forward(
     chunk = max(1, min(T, _CHUNK // B))
     size = _forward_work(cell, V)(I, H, chunk * B, B)[-1]
     parties, by_units = plan(cell, T, B, I, H, dtype)
-    group = len(cell.gates)
-    panels = max(_ROWS * panel_units(1), panel_units(1, one_row=True)) * _forward_panel(cell, V)[-1]
+    panels = _forward_panel(cell, V)[1][-1]
     arguments = (
         x, weights.weight_ih, *_parts(cell, weights.weight_hh), weights.bias_ih, weights.bias_hh, weights.peephole,
         lengths, states, saved, reset_h, empty((size,), dtype), empty((parties, panels), dtype), chunk,
@@ -806,7 +797,7 @@ def backward(
     chunk = max(1, min(T, _CHUNK // B))
     size = _backward_work(cell, V)(I, H, chunk * B, B)[-1]
     parties, by_units = plan(cell, T, B, I, H, dtype, scaled)
-    panels = max(_ROWS * panel_units(1) * _backward_panel(cell, V)[-1], scratch_size(max(I, H), V))
+    panels = max(_backward_panel(cell, V)[1][-1], scratch_size(max(I, H), V))
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih,
         *_parts(cell, weights.weight_hh), weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h,

@@ -11,15 +11,15 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from .simd import VECTOR_BYTES, address, move_part, move_vector, tile
+from .simd import VECTOR_BYTES, address, move, tile
 
 __all__ = [
+    "ACCUMULATORS",
     "DEPTH",
     "STRIPS",
     "add_sums",
     "add_transposed",
     "blocks",
-    "move",
     "multiply",
     "pack_columns",
     "pack_gates",
@@ -32,10 +32,10 @@ __all__ = [
 #: Rows that `add_transposed` packs at a time: a panel of them stays in the first-level cache,
 DEPTH = 128
 #: and so many strips of V rows of the result in the second-level cache.
-STRIPS = 16
+STRIPS = 8
 
 #: Accumulators of the largest tile; with the vectors of the right factor they fill 32 registers.
-_ACCUMULATORS = 24
+ACCUMULATORS = 24
 
 
 def panel_units(group: int, one_row: bool = False) -> int:
@@ -59,15 +59,6 @@ def share(count, most, rank, parties):
     return min(count, panels * rank // parties * most)
 
 
-@njit(forceinline=True)
-def move(target, to, source, start, count):
-    """target[to : to + count] = source[start : start + count] for at most V numbers of flat arrays."""
-    if count >= VECTOR_BYTES // target.itemsize:
-        move_vector(target, to, source, start)
-    else:
-        move_part(target, to, source, start, count)
-
-
 # Tiles --------------------------------------------------------------------------------------------------------------
 
 
@@ -79,11 +70,11 @@ def _block(units, group, dtype, sizes):
     even = 8 if size == 6 else -1  # 4 and 4 rows are faster than 6 and 2
 
     @njit
-    def block(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows):
+    def block(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         if smaller is None or (rows >= size and rows != even):
-            one(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth)
+            one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth)
             return size
-        return smaller(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
+        return smaller(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
@@ -92,15 +83,15 @@ def _block(units, group, dtype, sizes):
 def blocks(group, dtype, width=None):
     """Build `block(width, …)`, which multiplies some rows by one panel of `width` units and returns how many rows."""
     width = width or panel_units(group, one_row=True)
-    sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= _ACCUMULATORS)
+    sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= ACCUMULATORS)
     one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
     narrower = blocks(group, dtype, width // 2) if width > 1 else None
 
     @njit
-    def block(w, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows):
+    def block(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         if narrower is None or w == width:
-            return one(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
-        return narrower(w, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, depth, rows)
+            return one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
+        return narrower(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
@@ -121,7 +112,7 @@ def multiply(group, dtype):
             r = 0
             while r < rows:
                 r += block(
-                    width, out + at + r * o_row * size, o_row, group * lanes, start + at + r * s_row * size, s_row,
+                    width, out + at + r * o_row * size, o_row, group * lanes, lanes, start + at + r * s_row * size, s_row,
                     a + r * a_row * size, a_row, 1, packed + at * depth, depth, rows - r,
                 )  # fmt: skip
             unit += width
@@ -186,7 +177,7 @@ def pack_columns(target, at, weight, gates, most, first, last):
 
 def scratch_size(columns: int, lanes: int) -> int:
     """Return the numbers of scratch that `add_transposed` takes for results of so many columns."""
-    return ((-(-columns // lanes) + STRIPS) * DEPTH + _ACCUMULATORS) * lanes
+    return ((-(-columns // lanes) + STRIPS) * DEPTH + ACCUMULATORS) * lanes
 
 
 @cache
@@ -219,7 +210,7 @@ def add_transposed(dtype):
                 for k in range(depth):
                     at = a0 + (k0 + k) * strips * V + s0 * V
                     for s in range(count):
-                        move_vector(scratch, left + (s * DEPTH + k) * V, a, at + s * V)
+                        move(scratch, left + (s * DEPTH + k) * V, a, at + s * V, V)
                 unit = 0
                 while unit < units:
                     width = width_at(unit, units, most)
@@ -232,15 +223,15 @@ def add_transposed(dtype):
                             if whole:
                                 place = address(flat, to)
                                 r += block(
-                                    width, place, columns, V, place, columns, source, 1, V, panel, depth, valid - r
+                                    width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, valid - r
                                 )  # fmt: skip
                                 continue
                             # The last columns are fewer than a panel: added to a copy.
-                            n, place = min(valid - r, _ACCUMULATORS // width), address(scratch, corner)
+                            n, place = min(valid - r, ACCUMULATORS // width), address(scratch, corner)
                             for i in range(n * width):
                                 lanes = columns - (unit + i % width) * V
                                 move(scratch, corner + i * V, flat, to + i // width * columns + i % width * V, lanes)
-                            n = block(width, place, width * V, V, place, width * V, source, 1, V, panel, depth, n)
+                            n = block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, n)
                             for i in range(n * width):
                                 lanes = columns - (unit + i % width) * V
                                 move(flat, to + i // width * columns + i % width * V, scratch, corner + i * V, lanes)

@@ -12,7 +12,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move_part", "move_vector", "run_chains", "tile", "wait_for_all"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move", "prefetch", "run_chains", "tile", "wait_for_all"]
 
 
 def _vector_bytes() -> int:
@@ -30,36 +30,38 @@ VECTOR_BYTES = _vector_bytes()
 
 
 @intrinsic
-def move_vector(typing_context, target, to, source, start):
-    """Copy one register: target[to : to + V] = source[start : start + V], for contiguous arrays of one float type.
+def move(typing_context, target, to, source, start, count):
+    """Copy target[to : to + n] = source[start : start + n], n the least of `count` and V, of flat float arrays.
 
     Unlike a loop it needs no proof that the arrays are apart. There is no bounds check.
     """
-    if not (target.dtype == source.dtype and "C" == target.layout == source.layout):
-        return None
-
-    def generate(context, builder, signature, arguments):
-        vectors = _Vectors(context, builder, target.dtype)
-        value = vectors.load(vectors.address(source, arguments[2], arguments[3]))
-        vectors.store(value, vectors.address(target, arguments[0], arguments[1]))
-        return context.get_dummy_value()
-
-    return types.void(target, types.intp, source, types.intp), generate
-
-
-@intrinsic
-def move_part(typing_context, target, to, source, start, count):
-    """Copy the first `count` numbers of one register; what lies behind them is neither read nor written."""
 
     def generate(context, builder, signature, arguments):
         target_, to_, source_, start_, count_ = arguments
         vectors = _Vectors(context, builder, target.dtype)
-        mask = vectors.mask(count_)
-        value = vectors.masked_load(vectors.address(source, source_, start_), mask)
-        vectors.masked_store(value, vectors.address(target, target_, to_), mask)
+        source_, target_ = vectors.address(source, source_, start_), vectors.address(target, target_, to_)
+        whole = builder.icmp_signed(">=", count_, ir.Constant(count_.type, vectors.lanes))
+        with builder.if_else(whole, likely=True) as (one, other):
+            with one:
+                vectors.store(vectors.load(source_), target_)
+            with other:
+                mask = vectors.mask(count_)
+                vectors.masked_store(vectors.masked_load(source_, mask), target_, mask)
         return context.get_dummy_value()
 
     return types.void(target, types.intp, source, types.intp, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Have the cache line of array[index] brought near."""
+
+    def generate(context, builder, signature, arguments):
+        vectors = _Vectors(context, builder, array.dtype)
+        vectors.prefetch(vectors.address(array, *arguments))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 class _Vectors:
@@ -135,10 +137,10 @@ def address(typing_context, array, index):
 def tile(rows, units, group, dtype):
     """Build the product of a tile that stays in registers: `rows` × C vectors of V numbers, C = units·group.
 
-    tile(out, o_row, o_unit, start, s_row, a, a_row, a_k, b, count): for r < rows, u < units and n < group·V, with
-    m = u·group·V + n,
+    tile(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, count): for r < rows, u < units, g < group and
+    v < V, with m = (u·group + g)·V + v,
 
-        out[r·o_row + u·o_unit + n] = start[r·s_row + m] + Σ_k a[r·a_row + k·a_k] · b[k·C·V + m],    k < count
+        out[r·o_row + u·o_unit + g·o_gate + v] = start[r·s_row + m] + Σ_k a[r·a_row + k·a_k] · b[k·C·V + m],  k < count
 
     where out, start, a and b are addresses of numbers of `dtype`. No bounds are checked. Each number sums its k in
     order, whatever the tile: results do not depend on how rows and columns are cut into tiles.
@@ -146,15 +148,13 @@ def tile(rows, units, group, dtype):
     columns = units * group
 
     @intrinsic
-    def product(typing_context, out, o_row, o_unit, start, s_row, a, a_row, a_k, b, count):
+    def product(typing_context, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, count):
         def generate(context, builder, signature, arguments):
             vectors = _Vectors(context, builder, from_dtype(dtype))
             integer = arguments[0].type
-            pointers = [builder.inttoptr(arguments[i], vectors.element.as_pointer()) for i in (0, 3, 5, 8)]
-            (out_, start_, a_, right), (o_row_, o_unit_, s_row_, a_row_, a_k_, count_) = (
-                pointers,
-                (arguments[i] for i in (1, 2, 4, 6, 7, 9)),
-            )
+            pointers = [builder.inttoptr(arguments[i], vectors.element.as_pointer()) for i in (0, 4, 6, 9)]
+            out_, start_, a_, right = pointers
+            o_row_, o_unit_, o_gate_, s_row_, a_row_, a_k_, count_ = (arguments[i] for i in (1, 2, 3, 5, 7, 8, 10))
             width = columns * vectors.lanes
 
             def constant(number):
@@ -194,10 +194,10 @@ def tile(rows, units, group, dtype):
             for value, (r, u, g) in zip(new, cells, strict=True):
                 place = offset(start_, (s_row_, r), (one, u * group + g))
                 value = builder.fadd(vectors.load(place), value)
-                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, u), (one, g)))
+                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, u), (o_gate_, g)))
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 10), generate
+        return types.void(*[types.intp] * 11), generate
 
     return product
 
