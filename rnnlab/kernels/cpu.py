@@ -125,7 +125,18 @@ def _forward_work(cell: Cell, V: int):
         packed_last = ax + rows * G * row
         sums = packed_last + RESET * H * row
         last_sum = sums + RESET * B * G * row
-        return packed_ih, packed_hh, bias_ih, bias_hh, peephole, ax, packed_last, sums, last_sum, last_sum + RESET * B * row
+        return (
+            packed_ih,
+            packed_hh,
+            bias_ih,
+            bias_hh,
+            peephole,
+            ax,
+            packed_last,
+            sums,
+            last_sum,
+            last_sum + RESET * B * row,
+        )
 
     return regions
 
@@ -140,7 +151,12 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(STEP_G, one_row=True), panel_units(STEP_G)
     cell_panel, reset_panel = _cell_forward(cell, dtype, keep), _reset_forward(cell, dtype) if RESET else None
-    regions, all_steps, all_gates, last_gates = _forward_work(cell, V), multiply(G, dtype), blocks(G, dtype), blocks(STEP_G, dtype)
+    regions, all_steps, all_gates, last_gates = (
+        _forward_work(cell, V),
+        multiply(G, dtype),
+        blocks(G, dtype),
+        blocks(STEP_G, dtype),
+    )
 
     @kernel(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
     def forward(
@@ -152,7 +168,9 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         units = (H + V - 1) // V
         row = units * G * V
         most, most_last = (SINGLE, SINGLE_LAST) if B == 1 else (MANY, MANY_LAST)
-        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLE, AX, PACKED_LAST, SUMS, LAST_SUM, _ = regions(I, H, chunk * B, B)
+        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLE, AX, PACKED_LAST, SUMS, LAST_SUM, _ = regions(
+            I, H, chunk * B, B
+        )
         panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
         flat_reset = reset_h.reshape(-1)
         slot = (T + 1) * B * H  # from one state to the next
@@ -204,21 +222,23 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                                 address(work, ax + b * row + unit * G * V), row, address(flat_state, old + b * H), H, 1,
                                 address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
-                            for i in range(count * width):
-                                r, u = b + i // width, unit + i % width
-                                move(panel, OLD + i * V, flat_state, old + r * H + u * V, H - u * V)
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    i = (r - b) * width + u - unit
+                                    move(panel, OLD + i * V, flat_state, old + r * H + u * V, H - u * V)
                             reset_panel(panel, count * width * V)
-                            for i in range(count * width):
-                                r, u = b + i // width, unit + i % width
-                                to = ((t if KEEP else 0) * B + r) * H + u * V
-                                move(flat_reset, to, panel, NEW + i * V, H - u * V)
-                                if KEEP:
-                                    to = (((t * units + u) * B + r) * KS + K) * V
-                                    move(flat_saved, to, panel, SAVED + i * V, V)
-                                    move(flat_saved, to + V, panel, SAVED + R + i * V, V)
-                                for g in range(G - 1):
-                                    move(work, SUMS + ((r * units + u) * G + g) * V, panel, SUM + g * R + i * V, V)
-                                move(work, LAST_SUM + (r * units + u) * V, panel, SUM + (G - 1) * R + i * V, V)
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    i = (r - b) * width + u - unit
+                                    to = ((t if KEEP else 0) * B + r) * H + u * V
+                                    move(flat_reset, to, panel, NEW + i * V, H - u * V)
+                                    if KEEP:
+                                        to = (((t * units + u) * B + r) * KS + K) * V
+                                        move(flat_saved, to, panel, SAVED + i * V, V)
+                                        move(flat_saved, to + V, panel, SAVED + R + i * V, V)
+                                    for g in range(G - 1):
+                                        move(work, SUMS + ((r * units + u) * G + g) * V, panel, SUM + g * R + i * V, V)
+                                    move(work, LAST_SUM + (r * units + u) * V, panel, SUM + (G - 1) * R + i * V, V)
                             b += count
                         unit += width
                     if by_units:
@@ -242,30 +262,38 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                                 address(flat_state, old + b * H), H, 1,
                                 address(work, PACKED_HH + unit * G * V * H), H, last - b,
                             )  # fmt: skip
-                        for i in range(count * width):
-                            r, u = b + i // width, unit + i % width
-                            for g in range(G - 1 if RESET else 0):
-                                move(panel, SUM + g * R + i * V, work, SUMS + ((r * units + u) * G + g) * V, V)
-                            for g in range(0 if JOINT else G):
-                                move(panel, AX_ + g * R + i * V, work, ax + r * row + (u * G + g) * V, V)
-                            for p in range(P):
-                                move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
-                            for s in range(S):
-                                move(panel, OLD + s * R + i * V, flat_state, s * slot + old + r * H + u * V, H - u * V)
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                i = (r - b) * width + u - unit
+                                for g in range(G - 1 if RESET else 0):
+                                    move(panel, SUM + g * R + i * V, work, SUMS + ((r * units + u) * G + g) * V, V)
+                                for g in range(0 if JOINT else G):
+                                    move(panel, AX_ + g * R + i * V, work, ax + r * row + (u * G + g) * V, V)
+                                for p in range(P):
+                                    move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
+                                for s in range(S):
+                                    move(
+                                        panel,
+                                        OLD + s * R + i * V,
+                                        flat_state,
+                                        s * slot + old + r * H + u * V,
+                                        H - u * V,
+                                    )
                         cell_panel(panel, count * width * V)
-                        for i in range(count * width):
-                            r, u = b + i // width, unit + i % width
-                            to, n, kept = old + (B + r) * H + u * V, H - u * V, ((t * units + u) * B + r) * KS * V
-                            if t < lengths[r]:
-                                for s in range(S):
-                                    move(flat_state, s * slot + to, panel, NEW + s * R + i * V, n)
-                                for k in range(K if KEEP else 0):
-                                    move(flat_saved, kept + k * V, panel, SAVED + k * R + i * V, V)
-                            else:  # past the end of a sequence its state is held
-                                for s in range(S):
-                                    move(flat_state, s * slot + to, flat_state, s * slot + to - B * H, n)
-                                for k in range(K * V if KEEP else 0):
-                                    flat_saved[kept + k] = 0
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                i = (r - b) * width + u - unit
+                                to, n, kept = old + (B + r) * H + u * V, H - u * V, ((t * units + u) * B + r) * KS * V
+                                if t < lengths[r]:
+                                    for s in range(S):
+                                        move(flat_state, s * slot + to, panel, NEW + s * R + i * V, n)
+                                    for k in range(K if KEEP else 0):
+                                        move(flat_saved, kept + k * V, panel, SAVED + k * R + i * V, V)
+                                else:  # past the end of a sequence its state is held
+                                    for s in range(S):
+                                        move(flat_state, s * slot + to, flat_state, s * slot + to - B * H, n)
+                                    for k in range(K * V if KEEP else 0):
+                                        flat_saved[kept + k] = 0
                         b += count
                     unit += width
 
@@ -400,7 +428,19 @@ def _backward_work(cell: Cell, V: int):
         peephole = zero + units + inputs
         packed_last = peephole + P * units
         da_last = packed_last + RESET * units * units
-        return packed_ih, packed_hh, dax, dah, carry, dh, zero, peephole, packed_last, da_last, da_last + RESET * B * units
+        return (
+            packed_ih,
+            packed_hh,
+            dax,
+            dah,
+            carry,
+            dh,
+            zero,
+            peephole,
+            packed_last,
+            da_last,
+            da_last + RESET * B * units,
+        )
 
     return regions
 
@@ -432,7 +472,12 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         row, depth, most, slot = units * G * V, units * G * V, SINGLE if B == 1 else MANY, (T + 1) * B * H
         PACKED_IH, PACKED_HH, DAX, DAH, CARRY, DH, ZERO, PEEPHOLE, PACKED_LAST, DA_LAST, _ = regions(I, H, chunk * B, B)
         panel, flat_x, flat_state, flat_saved = scratches[rank], x.reshape(-1), state.reshape(-1), saved.reshape(-1)
-        flat_d, flat_direct, flat_dx, flat_dp = d_state.reshape(-1), d_output.reshape(-1), dx.reshape(-1), d_peephole.reshape(-1)
+        flat_d, flat_direct, flat_dx, flat_dp = (
+            d_state.reshape(-1),
+            d_output.reshape(-1),
+            dx.reshape(-1),
+            d_peephole.reshape(-1),
+        )
 
         panel[:SIZE] = 0  # lanes past the last unit stay finite, and meet weights of 0
         u0, u1 = share(units, most, rank, parties), share(units, most, rank + 1, parties)
@@ -488,7 +533,9 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 to, n = s * slot + ((t + 1) * B + b) * H + u * V, min(V, H - u * V)
                                 move(flat_d, to, work, at, n)
                         if t < lengths[b]:
-                            top = _add_scaled(d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b])
+                            top = _add_scaled(
+                                d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
+                            )
                             exponent[t + 1, b] = top
                         exponent[t, b] = exponent[t + 1, b]
                 unit = u0
@@ -497,11 +544,12 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                     b = first
                     while b < last:
                         count = min(max(1, ACCUMULATORS // width), last - b)
-                        for i in range(count * width):
-                            r, u = b + i // width, unit + i % width
-                            prefetch(flat_direct, (t * B + r) * H + u * V)
-                            for k in range(K):
-                                prefetch(flat_saved, (((t * units + u) * B + r) * KS + k) * V)
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                i = (r - b) * width + u - unit
+                                prefetch(flat_direct, (t * B + r) * H + u * V)
+                                for k in range(K):
+                                    prefetch(flat_saved, (((t * units + u) * B + r) * KS + k) * V)
                         if not SCALED and t < T - 1:
                             count = block(
                                 width, address(panel, NEW), width * V, V, 0,
@@ -509,56 +557,58 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 address(work, after + apart + b * row), row, 1,
                                 address(work, PACKED_HH + unit * V * depth), depth, last - b,
                             )  # fmt: skip
-                        for i in range(count * width):
-                            r, u = b + i // width, unit + i % width
-                            n, at, kept = H - u * V, (r * units + u) * V, ((t * units + u) * B + r) * KS * V
-                            if SCALED:
-                                for s in range(S):
-                                    if n < V:
-                                        move(panel, NEW + s * R + i * V, work, ZERO, V)
-                                    to = s * slot + ((t + 1) * B + r) * H + u * V
-                                    move(panel, NEW + s * R + i * V, flat_d, to, n)
-                            else:
-                                for s in range(0 if t == T - 1 else 1, S):
-                                    move(panel, NEW + s * R + i * V, work, CARRY + s * B * units * V + at, V)
-                                if n < V or t >= lengths[r]:
-                                    move(panel, DIRECT + i * V, work, ZERO, V)
-                                if t < lengths[r]:
-                                    move(panel, DIRECT + i * V, flat_direct, (t * B + r) * H + u * V, n)
-                            for k in range(K):
-                                move(panel, SAVED + k * R + i * V, flat_saved, kept + k * V, V)
-                            for p in range(P):
-                                move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
-                                move(panel, DP + p * R + i * V, flat_dp, ((r * P + p) * units + u) * V, V)
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                i = (r - b) * width + u - unit
+                                n, at, kept = H - u * V, (r * units + u) * V, ((t * units + u) * B + r) * KS * V
+                                if SCALED:
+                                    for s in range(S):
+                                        if n < V:
+                                            move(panel, NEW + s * R + i * V, work, ZERO, V)
+                                        to = s * slot + ((t + 1) * B + r) * H + u * V
+                                        move(panel, NEW + s * R + i * V, flat_d, to, n)
+                                else:
+                                    for s in range(0 if t == T - 1 else 1, S):
+                                        move(panel, NEW + s * R + i * V, work, CARRY + s * B * units * V + at, V)
+                                    if n < V or t >= lengths[r]:
+                                        move(panel, DIRECT + i * V, work, ZERO, V)
+                                    if t < lengths[r]:
+                                        move(panel, DIRECT + i * V, flat_direct, (t * B + r) * H + u * V, n)
+                                for k in range(K):
+                                    move(panel, SAVED + k * R + i * V, flat_saved, kept + k * V, V)
+                                for p in range(P):
+                                    move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
+                                    move(panel, DP + p * R + i * V, flat_dp, ((r * P + p) * units + u) * V, V)
                         cell_back(panel, count * width * V)
-                        for i in range(count * width):
-                            r, u = b + i // width, unit + i % width
-                            n, at, da = H - u * V, (r * units + u) * V, dax + (r * units + u) * G * V
-                            if t >= lengths[r]:  # the state was held: so is its adjoint, and no weight has a share
-                                for s in range(S):
-                                    to = s * slot + ((t + 1) * B + r) * H + u * V
-                                    move(flat_d, to, panel, NEW + s * R + i * V, n)
-                                    move(work, CARRY + s * B * units * V + at, panel, NEW + s * R + i * V, V)
+                        for r in range(b, b + count):
+                            for u in range(unit, unit + width):
+                                i = (r - b) * width + u - unit
+                                n, at, da = H - u * V, (r * units + u) * V, dax + (r * units + u) * G * V
+                                if t >= lengths[r]:  # the state was held: so is its adjoint, and no weight has a share
+                                    for s in range(S):
+                                        to = s * slot + ((t + 1) * B + r) * H + u * V
+                                        move(flat_d, to, panel, NEW + s * R + i * V, n)
+                                        move(work, CARRY + s * B * units * V + at, panel, NEW + s * R + i * V, V)
+                                    for g in range(G):
+                                        move(work, da + g * V, work, ZERO, V)
+                                        if not JOINT:
+                                            move(work, da + apart + g * V, work, ZERO, V)
+                                    if RESET:
+                                        move(work, DA_LAST + at, work, ZERO, V)
+                                    continue
                                 for g in range(G):
-                                    move(work, da + g * V, work, ZERO, V)
+                                    move(work, da + g * V, panel, DAX_ + g * R + i * V, V)
                                     if not JOINT:
-                                        move(work, da + apart + g * V, work, ZERO, V)
+                                        move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, V)
+                                for p in range(P):
+                                    move(flat_dp, ((r * P + p) * units + u) * V, panel, DP + p * R + i * V, V)
+                                for s in range(S):
+                                    if not (SCALED and s == 0):
+                                        to = s * slot + ((t + 1) * B + r) * H + u * V
+                                        move(flat_d, to, panel, TOTAL + s * R + i * V, n)
+                                    move(work, CARRY + s * B * units * V + at, panel, OLD + s * R + i * V, V)
                                 if RESET:
-                                    move(work, DA_LAST + at, work, ZERO, V)
-                                continue
-                            for g in range(G):
-                                move(work, da + g * V, panel, DAX_ + g * R + i * V, V)
-                                if not JOINT:
-                                    move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, V)
-                            for p in range(P):
-                                move(flat_dp, ((r * P + p) * units + u) * V, panel, DP + p * R + i * V, V)
-                            for s in range(S):
-                                if not (SCALED and s == 0):
-                                    to = s * slot + ((t + 1) * B + r) * H + u * V
-                                    move(flat_d, to, panel, TOTAL + s * R + i * V, n)
-                                move(work, CARRY + s * B * units * V + at, panel, OLD + s * R + i * V, V)
-                            if RESET:
-                                move(work, DA_LAST + at, panel, DAX_ + (G - 1) * R + i * V, V)
+                                    move(work, DA_LAST + at, panel, DAX_ + (G - 1) * R + i * V, V)
                         b += count
                     unit += width
                 if RESET:
@@ -574,18 +624,20 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 address(work, DA_LAST + b * units * V), units * V, 1,
                                 address(work, PACKED_LAST + unit * V * units * V), units * V, last - b,
                             )  # fmt: skip
-                            for i in range(count * width):
-                                r, u = b + i // width, unit + i % width
-                                kept = (((t * units + u) * B + r) * KS + K) * V
-                                move(panel, SAVED + i * V, flat_saved, kept, V)
-                                move(panel, SAVED + R + i * V, flat_saved, kept + V, V)
-                                move(panel, OLD + i * V, work, CARRY + (r * units + u) * V, V)
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    i = (r - b) * width + u - unit
+                                    kept = (((t * units + u) * B + r) * KS + K) * V
+                                    move(panel, SAVED + i * V, flat_saved, kept, V)
+                                    move(panel, SAVED + R + i * V, flat_saved, kept + V, V)
+                                    move(panel, OLD + i * V, work, CARRY + (r * units + u) * V, V)
                             reset_back(panel, count * width * V)
-                            for i in range(count * width):
-                                r, u = b + i // width, unit + i % width
-                                if t < lengths[r]:
-                                    move(work, dax + (r * units + u) * G * V, panel, DAX_ + i * V, V)
-                                    move(work, CARRY + (r * units + u) * V, panel, OLD + i * V, V)
+                            for r in range(b, b + count):
+                                for u in range(unit, unit + width):
+                                    i = (r - b) * width + u - unit
+                                    if t < lengths[r]:
+                                        move(work, dax + (r * units + u) * G * V, panel, DAX_ + i * V, V)
+                                        move(work, CARRY + (r * units + u) * V, panel, OLD + i * V, V)
                             b += count
                         unit += width
                 after = dax
@@ -594,7 +646,9 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 wait_for_all(counter, parties)
             rows = steps * B
             r0, r1 = rows * rank // parties, rows * (rank + 1) // parties
-            input_gradient(flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel)
+            input_gradient(
+                flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel
+            )
             if not SCALED:
                 from_h = here + apart
                 add_sums(d_bias_ih, work, here, G, rows, s0, s1, panel)
@@ -622,11 +676,14 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                     address(work, after + apart + b * row), row, 1,
                     address(work, PACKED_HH + unit * V * depth), depth, last - b,
                 )  # fmt: skip
-                for i in range(count * width):
-                    r, u = b + i // width, unit + i % width
-                    move(flat_d, r * H + u * V, panel, NEW + i * V, H - u * V)
-                    for s in range(1, S):
-                        move(flat_d, s * slot + r * H + u * V, work, CARRY + ((s * B + r) * units + u) * V, H - u * V)
+                for r in range(b, b + count):
+                    for u in range(unit, unit + width):
+                        i = (r - b) * width + u - unit
+                        move(flat_d, r * H + u * V, panel, NEW + i * V, H - u * V)
+                        for s in range(1, S):
+                            move(
+                                flat_d, s * slot + r * H + u * V, work, CARRY + ((s * B + r) * units + u) * V, H - u * V
+                            )
                 b += count
             unit += width
 

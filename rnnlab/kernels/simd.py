@@ -100,7 +100,9 @@ class _Vectors:
 
     def mask(self, count):
         """Return which lanes come before `count`."""
-        lanes = ir.Constant(ir.VectorType(count.type, self.lanes), [ir.Constant(count.type, i) for i in range(self.lanes)])
+        lanes = ir.Constant(
+            ir.VectorType(count.type, self.lanes), [ir.Constant(count.type, i) for i in range(self.lanes)]
+        )
         return self.builder.icmp_signed("<", lanes, self.broadcast(count))
 
     def masked_load(self, pointer, mask):

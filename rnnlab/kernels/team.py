@@ -61,6 +61,7 @@ def _keep(size: int, memory: NDArray[np.uint8]) -> None:
 
 # Threads ------------------------------------------------------------------------------------------------------------
 
+
 def plan(cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool = False) -> tuple[int, bool]:
     """Return how many threads run a sequence, and whether they share the hidden units (or else the batch)."""
     flops = 2.0 * T * B * len(cell.gates) * H * (H + I)
