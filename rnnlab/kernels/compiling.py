@@ -7,7 +7,7 @@ from pathlib import Path
 from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["kernel"]
+__all__ = ["kernel", "part"]
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -38,6 +38,20 @@ class _KernelCache(FunctionCache):
         return sig, codegen.magic_tuple(), self._variant
 
 
+def part(*key, **options):
+    """Return the decorator of a compiled function inside kernels that a factory makes anew for every `key`.
+
+    The linker takes functions of one name for one function, and kernels from the cache bring names along from other
+    processes. Numba numbers the closures of a process, which tells nothing to another: so the key goes into the name.
+    """
+
+    def decorate(function):
+        function.__qualname__ = "_".join([function.__qualname__, *map(str, key)])
+        return njit(**options)(function)
+
+    return decorate
+
+
 def kernel(variant, *parts):
     """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`.
 
@@ -46,7 +60,7 @@ def kernel(variant, *parts):
     """
 
     def decorate(function):
-        dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        dispatcher = part(variant, nogil=True, error_model="numpy", fastmath={"contract"})(function)
         if not all(part.py_func.__module__.startswith("rnnlab.") for part in parts):
             return dispatcher
         dispatcher._cache = _KernelCache(function, variant)  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..activations import scalar
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
-from .compiling import kernel
+from .compiling import kernel, part
 from .products import (
     ACCUMULATORS,
     add_sums,
@@ -86,8 +86,9 @@ def _put(count, add=False):
     return put
 
 
-#: The decorator of a loop over the units of a panel.
-panel_loop = njit(error_model="numpy", fastmath={"contract"}, forceinline=True)
+def _panel_loop(*key):
+    """Return the decorator of a loop over the units of a panel."""
+    return part(*key, error_model="numpy", fastmath={"contract"}, forceinline=True)
 
 
 @cache
@@ -116,7 +117,7 @@ def _forward_work(cell: Cell, V: int):
     """Build (I, H, rows of a chunk, B) ↦ where the regions of the kernel's work space begin, and its size."""
     G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
 
-    @njit
+    @part(cell.name, V)
     def regions(I, H, rows, B):
         row = (H + V - 1) // V * V
         packed_ih, packed_hh, bias_ih = 0, G * row * I, G * row * (I + H)
@@ -186,8 +187,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         if rank == 0:
             _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
             for p in range(P):
-                for j in range(H):
-                    work[PEEPHOLE + p * units * V + j] = peephole[p * H + j]
+                for n in range(units * V):
+                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else 0
         if parties > 1:
             wait_for_all(counter, parties)
         if by_units:
@@ -309,7 +310,7 @@ def _cell_forward(cell: Cell, dtype, keep: bool):
     take_gates, take_peepholes, take_states, put_states, put_saved = _take(G), _take(P), _take(S), _put(S), _put(K)
     step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
 
-    @panel_loop
+    @_panel_loop(cell.name, dtype, keep)
     def cell_forward(panel, count):
         for v in range(count):
             ax = take_gates(panel, v + (SUM if JOINT else AX), R)
@@ -329,7 +330,7 @@ def _reset_forward(cell: Cell, dtype):
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
     reset, nothing, take, put, keep = cell.reset[0], dtype.type(-0.0), _take(1), _put(1), _put(2)
 
-    @panel_loop
+    @_panel_loop(cell.name, dtype)
     def reset_forward(panel, count):
         for v in range(count):
             new, kept = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
@@ -416,7 +417,7 @@ def _backward_work(cell: Cell, V: int):
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
     RESET, APART = int(cell.reset is not None), 0 if cell.joint else 1
 
-    @njit
+    @part(cell.name, V)
     def regions(I, H, rows, B):
         units, inputs = (H + V - 1) // V * V, (I + V - 1) // V * V
         packed_ih, packed_hh = 0, G * units * inputs
@@ -699,7 +700,7 @@ def _cell_backward(cell: Cell, V: int, scaled: bool):
     put_gates, add_peepholes, put_states = _put(len(cell.gates)), _put(P, add=True), _put(S)
     step_backward, add_direct, JOINT, SCALED = cell.step_backward, _put(1, add=True), cell.joint, scaled
 
-    @panel_loop
+    @_panel_loop(cell.name, V, scaled)
     def cell_backward(panel, count):
         for v in range(count):
             if not SCALED:
@@ -727,7 +728,7 @@ def _reset_backward(cell: Cell, V: int):
 
     take, take_kept, put = _take(1), _take(2), _put(1)
 
-    @panel_loop
+    @_panel_loop(cell.name, V)
     def reset_panel(panel, count):
         for v in range(count):
             da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + NEW, R)[0])
@@ -742,7 +743,7 @@ def _input_gradient(dtype):
     """Build the product dx = dax·W_ih of `rows` rows of dx (I numbers each)."""
     block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
 
-    @njit
+    @part(dtype)
     def input_gradient(dx, to, I, work, dax, row, packed, depth, rows, zero, scratch):
         units, unit, start = (I + V - 1) // V, 0, address(work, zero)
         while unit < units:

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+from .compiling import part
 from .simd import VECTOR_BYTES, address, move, tile
 
 __all__ = [
@@ -69,7 +70,7 @@ def _block(units, group, dtype, sizes):
     smaller = _block(units, group, dtype, sizes[1:]) if sizes[1:] else None
     even = 8 if size == 6 else -1  # 4 and 4 rows are faster than 6 and 2
 
-    @njit
+    @part(size, units, group, dtype)
     def block(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         if smaller is None or (rows >= size and rows != even):
             one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth)
@@ -87,7 +88,7 @@ def blocks(group, dtype, width=None):
     one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
     narrower = blocks(group, dtype, width // 2) if width > 1 else None
 
-    @njit
+    @part(width, group, dtype)
     def block(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         if narrower is None or w == width:
             return one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
@@ -104,7 +105,7 @@ def multiply(group, dtype):
     """
     block, most, size, lanes = blocks(group, dtype), panel_units(group), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
 
-    @njit
+    @part(group, dtype)
     def multiply(out, o_row, start, s_row, a, a_row, packed, depth, rows, first, last, units):
         unit = first
         while unit < last:
@@ -190,7 +191,7 @@ def add_transposed(dtype):
     """
     block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
 
-    @njit
+    @part(dtype)
     def add_transposed(out, a, a0, gates, first_gate, last_gate, b, b0, columns, rows, first, last, scratch):
         H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
         strips = (H + V - 1) // V * gates
