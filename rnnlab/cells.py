@@ -204,6 +204,9 @@ class Cell:
     joint: bool = True
     reset: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
 
 CELLS: dict[str, Cell] = {
     cell.name: cell

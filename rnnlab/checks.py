@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .kernels.compiling import kernel
+
 __all__ = [
+    "all_finite",
     "check_array",
     "check_choice",
     "check_dtype",
@@ -44,10 +47,31 @@ def check_array(
         raise ValueError(f"{name} must have shape {wanted} with no empty dimension, got {value.shape}")
     if past is not None:
         value = np.where(past(value), dtype.type(0), value)
-    if not np.isfinite(value).all():
+    if not value.flags.carray:  # not contiguous, not aligned or read-only: kernels are compiled for none of these
+        value = np.array(value, order="C")
+    if not all_finite(value):
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
         raise ValueError(f"{name} must be finite, got {value[first]} at index {first}")
-    return np.ascontiguousarray(value)
+    checked: Array = value
+    return checked
+
+
+#: All bits of the exponent are set in NaN and infinity, and in no other number.
+_EXPONENTS = {4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
+
+
+@kernel("checks")
+def _any_full_exponent(bits: Array, exponent: np.unsignedinteger[Any]) -> bool:
+    found = False
+    for i in range(bits.size):
+        found |= (bits[i] & exponent) == exponent
+    return found
+
+
+def all_finite(value: Array) -> bool:
+    """Return whether a contiguous float32 or float64 array holds no NaN and no infinity, in one pass over its bits."""
+    exponent = _EXPONENTS[value.itemsize]
+    return not _any_full_exponent(value.reshape(-1).view(type(exponent)), exponent)
 
 
 def check_lengths(name: str, value: Any, batch: int, steps: int) -> NDArray[np.int64]:

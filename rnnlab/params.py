@@ -1,5 +1,6 @@
 """Named weights: shapes, counts, and initialisers with their sources."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,10 +25,12 @@ class Params(Mapping[str, Array]):
     """
 
     def __init__(self, shapes: Mapping[str, Shape], dtype: np.dtype[Any]) -> None:
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        self.flat: Array = np.zeros(sum(sizes), dtype)
-        blocks = np.split(self.flat, np.cumsum(sizes)[:-1])
-        self._arrays = {name: block.reshape(shapes[name]) for name, block in zip(shapes, blocks, strict=True)}
+        ends = list(itertools.accumulate(map(math.prod, shapes.values()), initial=0))
+        self.flat: Array = np.zeros(ends[-1], dtype)
+        self._arrays = {
+            name: self.flat[start:end].reshape(shape)
+            for (name, shape), start, end in zip(shapes.items(), ends, ends[1:], strict=False)
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": {name: array.shape for name, array in self.items()}, "flat": self.flat.copy()}

@@ -26,6 +26,8 @@ __all__ = ["GRU", "LSTM", "RNN", "Gradients", "Recurrent", "Trace"]
 Array = NDArray[Any]
 State = Array | tuple[Array, Array]
 
+_BIASES = ("bias_ih", "bias_hh")
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -161,7 +163,8 @@ class Recurrent:
 
         Raises TypeError for another dtype; ValueError for another shape, an empty sequence or numbers not finite.
         """
-        x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=lambda x: _past_end(lengths, x))
+        past = None if lengths is None else lambda x: _past_end(lengths, x)
+        x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
         T, B, _ = x.shape
         steps = check_lengths("lengths", lengths, B, T)
         initial = self._stack_state("state", state, B)
@@ -200,29 +203,32 @@ class Recurrent:
         """
         self._check_trace(trace)
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
-        past = _past_end(trace.lengths, trace.output)
-        d_output = check_array("d_output", d_output, shape, self.dtype, past=lambda _: past)
+        past = (lambda d: _past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
+        d_output = check_array("d_output", d_output, shape, self.dtype, past=past)
         return self.gradients(trace, d_output, d_final)
 
     def gradients(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
         """Do what `backward` does for a trace and a `d_output` of its own, unchecked: a diverged network has NaN."""
-        layers, dx, _ = self.backpropagate(trace, d_output, d_final)
         gradients = self.params.like()
-        for names, layer in zip(self._names, layers, strict=True):
-            assert layer.weights is not None
-            for name, full in names.items():
-                gradients[full][...] = getattr(layer.weights, name)
+        into = [self._weights(k, gradients) for k in range(len(self._names))]
+        layers, dx, _ = self.backpropagate(trace, d_output, d_final, into=into)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
         initial = self._unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
 
     def backpropagate(
-        self, trace: Trace, d_output: Array, d_final: State | None = None, *, scaled: bool = False
+        self,
+        trace: Trace,
+        d_output: Array,
+        d_final: State | None = None,
+        *,
+        scaled: bool = False,
+        into: list[LayerWeights] | None = None,
     ) -> tuple[list[LayerGradients], Array, NDArray[np.int64] | None]:
         """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
 
-        With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). Nothing
-        is checked: this is what `gradients` and gradient analysis stand on.
+        With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). `into`
+        are arrays of zeros for dL/d weights. Nothing is checked: `gradients` and gradient analysis stand on this.
         """
         T, B, _ = trace.output.shape
         d_last = self._stack_state("d_final", d_final, B)
@@ -238,11 +244,8 @@ class Recurrent:
                 if direction:
                     upstream = _reverse(upstream, trace.lengths)
                     upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
-                pair.append(
-                    backend("cpu").backward(
-                        self.cell, trace.layers[k], self._weights(k), upstream, d_last[:, k], upstream_exponent
-                    )
-                )
+                received = upstream, d_last[:, k], upstream_exponent, into[k] if into else None
+                pair.append(backend("cpu").backward(self.cell, trace.layers[k], self._weights(k), *received))
             gradients[:0] = pair
             d_output, exponent = _sum_directions(pair, trace.lengths)
             mask = trace.masks[layer]
@@ -296,11 +299,13 @@ class Recurrent:
         if not trace.kept:
             raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
 
-    def _weights(self, k: int) -> LayerWeights:
-        empty = np.zeros(0, self.dtype)
-        zero_bias = empty if self.bias else np.zeros(len(self.cell.gates) * self.hidden_size, self.dtype)
-        absent = {"bias_ih": zero_bias, "bias_hh": zero_bias, "peephole": empty}
-        return LayerWeights(**(absent | {name: self.params[full] for name, full in self._names[k].items()}))
+    def _weights(self, k: int, params: Params | None = None) -> LayerWeights:
+        """Return the weights of layer-direction k in `params` (the network's own where None); absent ones are zeros."""
+        params, empty = self.params if params is None else params, np.zeros(0, self.dtype)
+        absent = {"peephole": empty}
+        if not self.bias:
+            absent |= {name: np.zeros(len(self.cell.gates) * self.hidden_size, self.dtype) for name in _BIASES}
+        return LayerWeights(**(absent | {name: params[full] for name, full in self._names[k].items()}))
 
     def _stack_state(self, name: str, state: State | None, batch: int) -> Array:
         """Return a state or its gradient as (S, L·D, B, H)."""

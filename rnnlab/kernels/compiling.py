@@ -1,8 +1,10 @@
 """How the sequence kernels are compiled and kept on disk."""
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
@@ -52,7 +54,7 @@ def part(*key, **options):
     return decorate
 
 
-def kernel(variant, *parts):
+def kernel(variant: str, *parts: Any) -> Callable[[Any], Any]:
     """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`.
 
     `parts` are the scalar functions inside it. With one that is not rnnlab's own nothing is cached: its source is not
@@ -63,7 +65,7 @@ def kernel(variant, *parts):
         dispatcher = part(variant, nogil=True, error_model="numpy", fastmath={"contract"})(function)
         if not all(part.py_func.__module__.startswith("rnnlab.") for part in parts):
             return dispatcher
-        dispatcher._cache = _KernelCache(function, variant)  # type: ignore[attr-defined]
+        dispatcher._cache = _KernelCache(function, variant)
         return dispatcher
 
     return decorate

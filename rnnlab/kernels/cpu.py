@@ -2,15 +2,15 @@
 
 Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h and c), P peepholes, K numbers saved.
 
-    x (T, B, I)      weight_ih (G·H, I), weight_hh (G·H, H)      state, d_state (S, T+1, B, H), slot 0 is the initial one
+    x (T, B, I)    weight_ih (G·H, I), weight_hh (G·H, H)    state, d_state (S, T+1, B, H), slot 0 is the initial one
 
 V units fill one vector register; U such vectors hold all H, the last one padded. What stays inside is kept in that
 order: ax, dax and dah are (T, B, U, G, V), `saved` is (T, U, B, K, V).
 
-Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product with
-W_hh leaves the sums of all gates of a few sequences and units in a small panel, where the cell takes them up at once;
-going back, dL/dh leaves the tile for `step_backward` in the same way. Products that need no recurrence (with the inputs,
-dL/dx, the gradients of weights) are taken for a chunk of steps at a time, while the chunk is in cache.
+Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product
+with W_hh leaves the sums of all gates of a few sequences and units in a small panel, where the cell takes them up at
+once; going back, dL/dh leaves the tile for `step_backward` in the same way. Products that need no recurrence (with the
+inputs, dL/dx, the gradients of weights) are taken for a chunk of steps at a time, while the chunk is in cache.
 
 The arguments and results of `step` lie in one small array, because only then can LLVM prove that loads and stores never
 overlap, and turn the loop over V units into vector code.
@@ -327,7 +327,7 @@ def _cell_forward(cell: Cell, dtype, keep: bool):
 def _reset_forward(cell: Cell, dtype):
     """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
     V = VECTOR_BYTES // dtype.itemsize
-    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
+    R, (SUM, _, _, OLD, NEW, SAVED, _) = _forward_panel(cell, V)
     reset, nothing, take, put, keep = cell.reset[0], dtype.type(-0.0), _take(1), _put(1), _put(2)
 
     @_panel_loop(cell.name, dtype)
@@ -724,8 +724,7 @@ def _cell_backward(cell: Cell, V: int, scaled: bool):
 def _reset_backward(cell: Cell, V: int):
     """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh."""
     _, reset_backward = cell.reset
-    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = _backward_panel(cell, V)
-
+    R, (NEW, _, SAVED, _, DAX, _, _, _, OLD, _) = _backward_panel(cell, V)
     take, take_kept, put = _take(1), _take(2), _put(1)
 
     @_panel_loop(cell.name, V)
@@ -838,19 +837,21 @@ def backward(
     d_output: Array,
     d_final: Array,
     d_output_exponent: NDArray[np.int64] | None = None,
+    into: LayerWeights | None = None,
 ) -> LayerGradients:
     """Backpropagate d_output (T, B, H) and d_final (S, B, H) through one layer (BPTT: Werbos 1990).
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
+    `into` are arrays of zeros that dL/d weights is written to.
     """
     (T, B, H), I, S, dtype = d_output.shape, trace.x.shape[2], len(cell.states), d_output.dtype
     V, scaled = VECTOR_BYTES // dtype.itemsize, d_output_exponent is not None
     d_state, dx = empty((S, T + 1, B, H), dtype), empty((T, B, I), dtype)
     d_state[:, T] = d_final
     exponent = np.zeros((T + 1 if scaled else 0, B), np.int64)
-    shapes = [w.shape if not scaled else (0,) * w.ndim for w in weights[:4]]
-    d_weights = [np.zeros(shape, dtype) for shape in shapes]
+    if into is None:
+        into = LayerWeights(*(np.zeros((0,) * w.ndim if scaled else w.shape, dtype) for w in weights))
     d_peephole = np.zeros((B, len(cell.peepholes), -(-H // V) * V), dtype)
     chunk = max(1, min(T, _CHUNK // B))
     size = _backward_work(cell, V)(I, H, chunk * B, B)[-1]
@@ -859,15 +860,16 @@ def backward(
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih,
         *_parts(cell, weights.weight_hh), weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h,
-        d_state, exponent, dx, *d_weights, d_peephole, empty((size,), dtype), empty((parties, panels), dtype), chunk,
+        d_state, exponent, dx, *into[:4], d_peephole, empty((size,), dtype), empty((parties, panels), dtype), chunk,
     )  # fmt: skip
     run_together(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
     if scaled:
         return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
     if cell.joint:
-        d_weights[3] = d_weights[2].copy()
-    peepholes = d_peephole[:, :, :H].sum(axis=0).reshape(-1)
-    return LayerGradients(LayerWeights(*d_weights, peepholes), dx, d_state, d_output, None, None)
+        into.bias_hh[...] = into.bias_ih
+    if cell.peepholes:
+        into.peephole[...] = d_peephole[:, :, :H].sum(axis=0).reshape(-1)
+    return LayerGradients(into, dx, d_state, d_output, None, None)
 
 
 def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:

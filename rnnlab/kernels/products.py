@@ -113,8 +113,9 @@ def multiply(group, dtype):
             r = 0
             while r < rows:
                 r += block(
-                    width, out + at + r * o_row * size, o_row, group * lanes, lanes, start + at + r * s_row * size, s_row,
-                    a + r * a_row * size, a_row, 1, packed + at * depth, depth, rows - r,
+                    width, out + at + r * o_row * size, o_row, group * lanes, lanes,
+                    start + at + r * s_row * size, s_row, a + r * a_row * size, a_row, 1, packed + at * depth,
+                    depth, rows - r,
                 )  # fmt: skip
             unit += width
 

@@ -1,4 +1,4 @@
-"""Vector registers of the host: width, moves, multiply-adds; and a barrier of threads (the only LLVM IR of the project).
+"""Vector registers of the host: width, moves, multiply-adds; a barrier of threads (the only LLVM IR of the project).
 
 A register tile of 6 rows × 4 vectors reaches 95 % of the FMA peak of `timing.peak_flops` from 64 multiply-adds deep.
 """

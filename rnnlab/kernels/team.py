@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 
 from ..cells import Cell
 from . import threads
+from .products import panel_units
+from .simd import VECTOR_BYTES
 
-__all__ = ["empty", "plan", "run_together"]
+__all__ = ["empty", "plan", "predicted_seconds", "run_together"]
 
 Array = NDArray[Any]
-
-#: A second thread costs about as much as this many FLOPs take on one core.
-_WORTH_A_THREAD = 2e7
-
 
 # Memory -------------------------------------------------------------------------------------------------------------
 
@@ -43,7 +41,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size < _SMALL:
         memory = np.empty(size + _LINE, np.uint8)
-        return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
+        return np.ndarray(shape, dtype, memory, -memory.__array_interface__["data"][0] % _LINE)
     step = 1 << (size.bit_length() - 4)
     size = -(-size // step) * step
     kept = _free.get(size)
@@ -51,7 +49,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     # Not an array, so that views of the result refer to it, and not to the memory behind it.
     lease = (ctypes.c_char * size).from_address(memory.ctypes.data + -memory.ctypes.data % _LINE)
     weakref.finalize(lease, _keep, size, memory).atexit = False
-    return np.ndarray(shape, dtype, lease)
+    return np.ndarray(shape, dtype, lease)  # type: ignore[arg-type]
 
 
 def _keep(size: int, memory: NDArray[np.uint8]) -> None:
@@ -62,11 +60,53 @@ def _keep(size: int, memory: NDArray[np.uint8]) -> None:
 # Threads ------------------------------------------------------------------------------------------------------------
 
 
+#: What a plan counts with, in seconds: a thread takes up work; threads wait for each other; the cell on V units.
+_START, _BARRIER, _CELL = 6e-5, 5e-7, 1.5e-8
+
+#: FLOPs a core and second per byte of a vector register; bytes/s that all cores read from beyond their own caches, and
+#: the size of those.
+_RATE, _STREAM, _CACHE = 4e9, 1.2e11, 2**20
+
+#: The share of that rate that tiles of 1, 2, 3 and more rows reach.
+_SHARE = (0.35, 0.65, 0.8, 1.0)
+
+
+def predicted_seconds(
+    cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], parties: int, by_units: bool
+) -> float:
+    """Return about how long a forward pass takes: the arithmetic of the slowest thread, its weights, and waiting."""
+    G, lanes = len(cell.gates), VECTOR_BYTES // dtype.itemsize
+    units, rows = -(-H // lanes), B
+    if by_units:
+        most = panel_units(G, one_row=B == 1)
+        units = -(-units // (most * parties)) * most
+    else:
+        rows = -(-B // parties)
+    flops = 2.0 * T * rows * units * lanes * G * (H + I)
+    arithmetic = flops / (_RATE * VECTOR_BYTES * 4 / dtype.itemsize * _SHARE[min(rows, 4) - 1])
+    weights = units * lanes * G * H * dtype.itemsize
+    streaming = T * weights * parties / _STREAM if weights > _CACHE else 0.0
+    waiting = (_START + (T * _BARRIER if by_units else 0.0)) if parties > 1 else 0.0
+    return arithmetic + streaming + T * rows * units * _CELL + waiting
+
+
 def plan(cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool = False) -> tuple[int, bool]:
-    """Return how many threads run a sequence, and whether they share the hidden units (or else the batch)."""
-    flops = 2.0 * T * B * len(cell.gates) * H * (H + I)
-    parties = max(1, min(threads(), B, int(flops / _WORTH_A_THREAD)))
-    return parties, False
+    """Return how many threads run a sequence, and whether they share the hidden units (or else the batch).
+
+    Numbers are the same whatever the plan. The scaled adjoint looks at all units of a sequence: it shares the batch.
+    """
+    return _plan(cell, T, B, I, H, dtype, scaled, threads())
+
+
+@lru_cache(4096)
+def _plan(
+    cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool, limit: int
+) -> tuple[int, bool]:
+    found = [(1, False)]
+    for parties in range(2, limit + 1):
+        found += [(parties, False)] if parties <= B else []
+        found += [(parties, True)] if not scaled else []
+    return min(found, key=lambda one: predicted_seconds(cell, T, B, I, H, dtype, *one))
 
 
 _current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
