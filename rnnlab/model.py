@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,14 +211,23 @@ class SequenceModel:
         target_lengths: Any = None,
         state: State | None = None,
         training: bool = False,
+        checkpoint: int | Literal["sqrt"] | None = None,
     ) -> LossGradients:
         """Return the mean loss over all scored predictions and its exact gradients.
 
         `lengths` (B,) are the lengths of the inputs; in many_to_many predictions past them are not scored.
         `target_lengths` (B,) are the lengths of the targets of a generating topology. `state` is carried in (zeros
-        where None). The loss and gradients of a network that has diverged are not finite. Raises as
-        `Recurrent.forward`, and ValueError for targets that do not fit.
+        where None). The loss and gradients of a network that has diverged are not finite. With `checkpoint` (a number
+        of steps, or "sqrt") only the states of some steps are kept and the others computed again, to the last bit the
+        same: memory grows with √T instead of T, but for what many_to_many itself returns, and `recurrent` is empty.
+
+        Raises as `Recurrent.forward` and `Recurrent.checkpoint`, and ValueError for targets that do not fit, and for
+        checkpoints of a generating topology or with dropout.
         """
+        if checkpoint is not None:
+            if self.generates or (training and self.rnn.dropout):
+                raise ValueError(f"checkpoint needs inputs that are given and no dropout, got topology {self.topology}")
+            return self._checkpointed_gradients(x, targets, lengths, state, checkpoint)
         if self.generates:
             return self._generating_gradients(x, targets, lengths, target_lengths, state, training)
         if target_lengths is not None:
@@ -234,6 +243,31 @@ class SequenceModel:
         self._put_readout(params, features, d_logits)
         outputs = self.loss.activation(logits)
         return LossGradients(loss, outputs, params, gradients.x, {"rnn": gradients}, trace.final)
+
+    def _checkpointed_gradients(
+        self, x: Array, targets: Array, lengths: Any, state: State | None, checkpoint: int | Literal["sqrt"]
+    ) -> LossGradients:
+        every = self.topology == "many_to_many"
+        kept = self.rnn.checkpoint(x, state, lengths, every=checkpoint, outputs=every)
+        if self.topology == "one_to_one" and x.shape[0] != 1:
+            raise ValueError(f"x must have one step for topology one_to_one, got {x.shape[0]}")
+        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
+        features = h[-1] if kept.output is None else kept.output
+        scored = np.arange(x.shape[0])[:, None] < kept.lengths if every else np.ones(x.shape[1], np.bool_)
+        logits = self.read(features)
+        loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
+        d_features = d_logits @ self.readout["weight"]
+        if every:
+            gradients = self.rnn.recompute(kept, d_features)
+        else:
+            d_h = np.zeros_like(h)
+            d_h[-1] = d_features
+            d_final = d_h if isinstance(kept.final, np.ndarray) else (d_h, np.zeros_like(h))
+            gradients = self.rnn.recompute(kept, None, d_final)
+        params = self.params.like()
+        self._put(params, "rnn", gradients.params)
+        self._put_readout(params, features, d_logits)
+        return LossGradients(loss, self.loss.activation(logits), params, gradients.x, {}, kept.final)
 
     def truncated(self, x: Array, targets: Array, window: int, state: State | None = None) -> Iterator[LossGradients]:
         """Truncated BPTT: return the loss and gradients of one window of steps after the other.

@@ -1,5 +1,6 @@
 """Recurrent networks: any cell of `CELLS`, stacked, in one or both directions, over sequences of unequal length."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from .checks import (
 from .kernels import LayerGradients, LayerTrace, LayerWeights, backend
 from .params import Params
 
-__all__ = ["GRU", "LSTM", "RNN", "Gradients", "Recurrent", "Trace"]
+__all__ = ["GRU", "LSTM", "RNN", "Checkpoints", "Gradients", "Recurrent", "Trace"]
 
 Array = NDArray[Any]
 State = Array | tuple[Array, Array]
@@ -47,6 +48,18 @@ class Trace:
     lengths: NDArray[np.int64]
     masks: list[Array | None]
     kept: bool
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What `Recurrent.checkpoint` kept: states (S, L, B, H) once in `every` steps, output if asked, the last state."""
+
+    x: Array
+    lengths: NDArray[np.int64]
+    every: int
+    states: list[Array]
+    output: Array | None
+    final: State
 
 
 @dataclass(frozen=True)
@@ -165,9 +178,13 @@ class Recurrent:
         """
         past = None if lengths is None else lambda x: _past_end(lengths, x)
         x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
-        T, B, _ = x.shape
-        steps = check_lengths("lengths", lengths, B, T)
-        initial = self._stack_state("state", state, B)
+        steps = check_lengths("lengths", lengths, x.shape[1], x.shape[0])
+        initial = self._stack_state("state", state, x.shape[1])
+        return self._run(x, initial, steps, training, keep)
+
+    def _run(self, x: Array, initial: Array, steps: NDArray[np.int64], training: bool, keep: bool) -> Trace:
+        """Do what `forward` does from a stacked state (S, L·D, B, H), unchecked; a sequence may be empty here."""
+        T = x.shape[0]
         layers: list[LayerTrace] = []
         masks: list[Array | None] = []
         output = x
@@ -187,8 +204,8 @@ class Recurrent:
                 trace = backend("cpu").forward(self.cell, source, weights, initial[:, k], steps, keep)
                 layers.append(trace)
                 h = trace.state[0, 1:]
-                if lengths is not None:
-                    h = np.where(_past_end(steps, h), self.dtype.type(0), h)
+                if steps.min() < T:
+                    h = np.where((np.arange(T)[:, None] >= steps)[:, :, None], self.dtype.type(0), h)
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
@@ -252,6 +269,67 @@ class Recurrent:
             if mask is not None:
                 d_output = d_output * mask
         return gradients, d_output, exponent
+
+    def checkpoint(
+        self,
+        x: Array,
+        state: State | None = None,
+        lengths: Any = None,
+        *,
+        every: int | Literal["sqrt"] = "sqrt",
+        outputs: bool = True,
+    ) -> Checkpoints:
+        """Run the network as `forward` does, keeping the states of every so many steps only, for `recompute`.
+
+        `every` is that number of steps, "sqrt" for ⌈√T⌉ (Chen et al. 2016, sec. 3); it is rounded up to what the
+        kernels take at a time, so that gradients are those of `backward` to the last bit. `outputs` are kept or not.
+
+        Raises as `forward`, and ValueError for a bidirectional network, whose reverse direction begins at the end.
+        """
+        if self.bidirectional:
+            raise ValueError("checkpoint needs states that are carried forward, got a bidirectional network")
+        past = None if lengths is None else lambda x: _past_end(lengths, x)
+        x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
+        T, B, _ = x.shape
+        steps = check_lengths("lengths", lengths, B, T)
+        wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_positive("every", every)
+        chunk = backend("cpu").chunk_steps(B)
+        stride = -(-wanted // chunk) * chunk
+        states, output = (
+            [self._stack_state("state", state, B)],
+            np.empty((T if outputs else 0, B, self.hidden_size), x.dtype),
+        )
+        for start in range(0, T, stride):
+            part = slice(start, start + stride)
+            trace = self._run(x[part], states[-1], _remaining(steps, start, x[part]), False, False)
+            states.append(self._stack_state("state", trace.final, B))
+            if outputs:
+                output[part] = trace.output
+        return Checkpoints(x, steps, stride, states, output if outputs else None, self._unstack_state(states[-1]))
+
+    def recompute(
+        self, checkpoints: Checkpoints, d_output: Array | None = None, d_final: State | None = None
+    ) -> Gradients:
+        """Backpropagate through time from dL/doutput and dL/dfinal (zeros where None), recomputing between checkpoints.
+
+        Gradients are those of `backward` to the last bit; `h` and `c`, which would take as much memory, are empty.
+        """
+        x, steps, stride = checkpoints.x, checkpoints.lengths, checkpoints.every
+        T, B, _ = x.shape
+        if d_output is not None:
+            d_output = check_array("d_output", d_output, (T, B, self.hidden_size), self.dtype)
+        gradients, dx = self.params.like(), np.empty_like(x)
+        into = [self._weights(k, gradients) for k in range(len(self._names))]
+        d_state = self._unstack_state(self._stack_state("d_final", d_final, B))
+        for start, state in reversed(list(zip(range(0, T, stride), checkpoints.states, strict=False))):
+            part = slice(start, start + stride)
+            trace = self._run(x[part], state, _remaining(steps, start, x[part]), False, True)
+            received = np.zeros_like(trace.output) if d_output is None else d_output[part]
+            layers, dx[part], _ = self.backpropagate(trace, received, d_state, into=into)
+            d_state = self._unstack_state(
+                np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))])
+            )
+        return Gradients(gradients, dx, [], [], d_state)
 
     def direct(
         self, trace: Trace, layers: list[LayerGradients]
@@ -322,6 +400,11 @@ class Recurrent:
 
     def _unstack_state(self, stacked: Array) -> State:
         return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
+
+
+def _remaining(lengths: NDArray[np.int64], start: int, part: Array) -> NDArray[np.int64]:
+    """Return the lengths that are left from step `start` on, within `part`."""
+    return np.clip(lengths - start, 0, len(part))
 
 
 def _reverse(values: Array, lengths: NDArray[np.int64]) -> Array:

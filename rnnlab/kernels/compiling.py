@@ -1,12 +1,15 @@
 """How the sequence kernels are compiled and kept on disk."""
 
 import hashlib
+import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 __all__ = ["kernel", "part"]
@@ -34,10 +37,31 @@ class _KernelCache(FunctionCache):
     def __init__(self, py_func, variant):
         super().__init__(py_func)
         self._variant = variant
+        self.label, self.started = f"{py_func.__name__} ({variant})", 0.0
         self._cache_file = IndexDataCacheFile(self.cache_path, f"{self._impl.filename_base}-{variant}", _source_hash())
 
     def _index_key(self, sig, codegen):
         return sig, codegen.magic_tuple(), self._variant
+
+
+class _Announcement(event.Listener):
+    """Say that a kernel is compiled, and how long it took: the first call in a new environment takes seconds."""
+
+    def _cache_of(self, happening):
+        cache = getattr(happening.data["dispatcher"], "_cache", None)
+        return cache if isinstance(cache, _KernelCache) else None
+
+    def on_start(self, happening):
+        if cache := self._cache_of(happening):
+            cache.started = time.perf_counter()
+            print(f"rnnlab compiles {cache.label} …", end="", file=sys.stderr, flush=True)
+
+    def on_end(self, happening):
+        if cache := self._cache_of(happening):
+            print(f" {time.perf_counter() - cache.started:.1f} s, once in this environment", file=sys.stderr)
+
+
+event.register("numba:compile", _Announcement())
 
 
 def part(*key, **options):

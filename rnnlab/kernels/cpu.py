@@ -461,7 +461,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     @kernel(f"{cell.name}-{dtype}-{'scaled' if scaled else 'plain'}", cell.step_backward)
     def backward(
         x, d_output, d_output_exponent, weight_ih, weight_hh, weight_last, peephole, lengths, state, saved, reset_h,
-        d_state, exponent, dx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole,
+        d_state, exponent, dx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole, d_peepholes,
         work, scratches, chunk, counter, rank, parties, by_units,
     ):  # fmt: skip
         """Turn d_state[:, T] and d_output into d_state, dx and (unless scaled) d_weight…, the part of one thread.
@@ -477,7 +477,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             d_state.reshape(-1),
             d_output.reshape(-1),
             dx.reshape(-1),
-            d_peephole.reshape(-1),
+            d_peepholes.reshape(-1),
         )
 
         panel[:SIZE] = 0  # lanes past the last unit stay finite, and meet weights of 0
@@ -579,7 +579,13 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                     move(panel, SAVED + k * R + i * V, flat_saved, kept + k * V, V)
                                 for p in range(P):
                                     move(panel, PEEPHOLE_ + p * R + i * V, work, PEEPHOLE + (p * units + u) * V, V)
-                                    move(panel, DP + p * R + i * V, flat_dp, ((r * P + p) * units + u) * V, V)
+                                    move(
+                                        panel,
+                                        DP + p * R + i * V,
+                                        flat_dp,
+                                        (((c % 2 * B + r) * P + p) * units + u) * V,
+                                        V,
+                                    )
                         cell_back(panel, count * width * V)
                         for r in range(b, b + count):
                             for u in range(unit, unit + width):
@@ -602,7 +608,13 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                     if not JOINT:
                                         move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, V)
                                 for p in range(P):
-                                    move(flat_dp, ((r * P + p) * units + u) * V, panel, DP + p * R + i * V, V)
+                                    move(
+                                        flat_dp,
+                                        (((c % 2 * B + r) * P + p) * units + u) * V,
+                                        panel,
+                                        DP + p * R + i * V,
+                                        V,
+                                    )
                                 for s in range(S):
                                     if not (SCALED and s == 0):
                                         to = s * slot + ((t + 1) * B + r) * H + u * V
@@ -651,6 +663,11 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 flat_dx, (t0 * B + r0) * I, I, work, here + r0 * row, row, PACKED_IH, depth, r1 - r0, ZERO, panel
             )
             if not SCALED:
+                for p in range(P if rank == 0 else 0):
+                    for j in range(H):
+                        for b in range(B):
+                            d_peephole[p * H + j] += d_peepholes[c % 2, b, p, j]
+                            d_peepholes[c % 2, b, p, j] = 0
                 from_h = here + apart
                 add_sums(d_bias_ih, work, here, G, rows, s0, s1, panel)
                 add_product(d_weight_ih, work, here, G, 0, G, flat_x, t0 * B * I, I, rows, s0, s1, panel)
@@ -794,6 +811,11 @@ def _diagonals_kernel(cell: Cell, dtype):
 # What a layer calls -------------------------------------------------------------------------------------------------
 
 
+def chunk_steps(B: int) -> int:
+    """Return the steps of a batch that kernels take at a time; sums over steps are cut there, and nowhere else."""
+    return max(1, _CHUNK // B)
+
+
 def _parts(cell: Cell, weight_hh: Array) -> tuple[Array, Array]:
     """Return W_hh as the first product of a step takes it, and W_hn of a cell that resets h before that product."""
     if not cell.reset:
@@ -818,7 +840,7 @@ def forward(
     states[:, 0] = state
     saved = empty((T if keep else 0, -(-H // V), B, _saved(cell), V), dtype)
     reset_h = empty(((T if keep else 1) if cell.reset else 0, B, H), dtype)
-    chunk = max(1, min(T, _CHUNK // B))
+    chunk = min(T, chunk_steps(B))
     size = _forward_work(cell, V)(I, H, chunk * B, B)[-1]
     parties, by_units = plan(cell, T, B, I, H, dtype)
     panels = _forward_panel(cell, V)[1][-1]
@@ -843,7 +865,7 @@ def backward(
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
-    `into` are arrays of zeros that dL/d weights is written to.
+    dL/d weights is added to `into`, if that is given.
     """
     (T, B, H), I, S, dtype = d_output.shape, trace.x.shape[2], len(cell.states), d_output.dtype
     V, scaled = VECTOR_BYTES // dtype.itemsize, d_output_exponent is not None
@@ -852,23 +874,21 @@ def backward(
     exponent = np.zeros((T + 1 if scaled else 0, B), np.int64)
     if into is None:
         into = LayerWeights(*(np.zeros((0,) * w.ndim if scaled else w.shape, dtype) for w in weights))
-    d_peephole = np.zeros((B, len(cell.peepholes), -(-H // V) * V), dtype)
-    chunk = max(1, min(T, _CHUNK // B))
+    chunk = min(T, chunk_steps(B))
     size = _backward_work(cell, V)(I, H, chunk * B, B)[-1]
     parties, by_units = plan(cell, T, B, I, H, dtype, scaled)
     panels = max(_backward_panel(cell, V)[1][-1], scratch_size(max(I, H), V))
+    d_peepholes = np.zeros((2, B, len(cell.peepholes), -(-H // V) * V), dtype)  # of two chunks
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih,
         *_parts(cell, weights.weight_hh), weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h,
-        d_state, exponent, dx, *into[:4], d_peephole, empty((size,), dtype), empty((parties, panels), dtype), chunk,
+        d_state, exponent, dx, *into, d_peepholes, empty((size,), dtype), empty((parties, panels), dtype), chunk,
     )  # fmt: skip
     run_together(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
     if scaled:
         return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
     if cell.joint:
         into.bias_hh[...] = into.bias_ih
-    if cell.peepholes:
-        into.peephole[...] = d_peephole[:, :, :H].sum(axis=0).reshape(-1)
     return LayerGradients(into, dx, d_state, d_output, None, None)
 
 
