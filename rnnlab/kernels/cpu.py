@@ -40,8 +40,8 @@ from .products import (
     share,
     width_at,
 )
-from .simd import VECTOR_BYTES, address, move, prefetch, wait_for_all
-from .team import empty, plan, run_together
+from .simd import VECTOR_BYTES, address, move, prefetch
+from .team import empty, plan, run_together, wait_for_all
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
 

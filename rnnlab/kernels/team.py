@@ -12,14 +12,15 @@ from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
+from numba import njit, types
 from numpy.typing import NDArray
 
 from ..cells import Cell
 from . import threads
 from .products import panel_units
-from .simd import VECTOR_BYTES
+from .simd import VECTOR_BYTES, draw_ticket, tickets_drawn
 
-__all__ = ["empty", "plan", "predicted_seconds", "run_together"]
+__all__ = ["empty", "plan", "predicted_seconds", "run_together", "wait_for_all"]
 
 Array = NDArray[Any]
 
@@ -110,6 +111,23 @@ def _plan(
 
 
 _current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
+
+
+_let_others_run = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
+
+#: How often a thread looks before it lets another run on its core: some tens of microseconds.
+_LOOKS = 20_000
+
+
+@njit(nogil=True)
+def wait_for_all(counter, parties):
+    """Return once `parties` threads have called this with the same `counter` (one int64, 0 at first)."""
+    last = (draw_ticket(counter) + parties - 1) // parties * parties
+    looks = 0
+    while tickets_drawn(counter) < last:
+        looks += 1
+        if looks > _LOOKS:
+            _let_others_run()
 
 
 @cache
