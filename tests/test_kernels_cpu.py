@@ -1,5 +1,6 @@
 """The CPU kernels of every cell: forward, gradients and Jacobian against the textbook; types and instructions."""
 
+import re
 from functools import cache
 
 import naive
@@ -17,7 +18,8 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit, types
+from numba import njit, typeof, types
+from numba.np.numpy_support import from_dtype
 
 from rnnlab import CELLS, Recurrent
 from rnnlab.kernels import LayerWeights, backend, cpu
@@ -110,7 +112,8 @@ def test_without_keeping_the_states_are_the_same(cell, dtype):
     for name in ("output", "h", "c"):
         np.testing.assert_array_equal(getattr(lean, name), getattr(kept, name))
     np.testing.assert_array_equal(lean.final, kept.final)
-    assert sum(layer.saved.size for layer in lean.layers) * 6 == sum(layer.saved.size for layer in kept.layers)
+    assert all(layer.saved.size > 0 for layer in kept.layers)
+    assert all(layer.saved.size == 0 for layer in lean.layers)
 
 
 # The log-scaled adjoint -----------------------------------------------------------------------------------------------
@@ -247,19 +250,50 @@ def array_of(dimensions, element=types.float32):
     return types.Array(element, dimensions, "C")
 
 
+#: The factory of each kernel, and what it takes after the cell and the type.
+KERNELS = {
+    "forward": (cpu._forward_kernel, True),
+    "infer": (cpu._forward_kernel, False),
+    "backward": (cpu._backward_kernel, False),
+    "scaled": (cpu._backward_kernel, True),
+    "jacobian": (cpu._diagonals_kernel,),
+}
+
+
+def kernel_of(cell, kind, dtype):
+    make, *options = KERNELS[kind]
+    return make(CELLS[cell], np.dtype(dtype), *options)
+
+
+@cache
+def signatures(cell, dtype):
+    """What each kernel of a cell is called with, by kind: the calls are recorded, and no kernel runs."""
+    calls = []
+
+    def called(kernel, arguments, parties, by_units):
+        arguments = (*arguments, np.zeros(1, np.int64), 0, parties, by_units)
+        calls.append(tuple(typeof(argument) for argument in arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "run_together", called)
+        net, x = Recurrent(cell, 2, 3, dtype=dtype), np.zeros((4, 2, 2), dtype)
+        trace, d_output = net.forward(x), np.zeros((4, 2, 3), dtype)
+        net.forward(x, keep=False)
+        net.backpropagate(trace, d_output)
+        net.backpropagate(trace, d_output, scaled=True)
+    assert {argument.dtype for call in calls for argument in call if isinstance(argument, types.Array)} == {
+        from_dtype(np.dtype(dtype)),
+        types.int64,
+    }
+    a = array_of
+    return dict(zip(KERNELS, [*calls, (a(2), a(1), a(2), a(3), a(4))], strict=True))
+
+
 @cache
 def compiled(cell, kind):
     """A float32 kernel and its signature, compiled anew: Numba's cache keeps neither types nor assembly."""
-    a, i = array_of, types.int64
-    make, signature = {
-        "forward": (cpu._forward_kernel, (a(3), a(3), a(3), a(1), a(1), a(1, i), a(4), a(3), a(3), i, i)),
-        "backward": (
-            cpu._backward_kernel,
-            (a(3), a(2, i), a(3), a(3), a(1), a(1, i), a(3), a(4), a(2, i), a(3), a(3), a(2), i, i),
-        ),
-        "jacobian": (cpu._diagonals_kernel, (a(2), a(1), a(2), a(3), a(4))),
-    }[kind]
-    cached = make(CELLS[cell], np.dtype(np.float32))
+    signature = signatures(cell, "float32")[kind]
+    cached = kernel_of(cell, kind, np.float32)
     assert set(cached.signatures) <= {signature}
     options = {name: cached.targetoptions[name] for name in ("nogil", "error_model", "fastmath")}
     fresh = njit(**options)(cached.py_func)
@@ -287,7 +321,7 @@ def test_float32_equations_hold_no_float64(cell):
         assert "float64" not in str(overload.signature)
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward", "jacobian"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "scaled", "jacobian"])
 @pytest.mark.parametrize("cell", ["lstm", "lstm_peephole", "gru", "gru_reset_before"])
 def test_float32_kernels_hold_no_float64(cell, kind):
     """These four take every branch of the factories: two states, peepholes, separate ax and ah, a reset first."""
@@ -298,31 +332,98 @@ def test_float32_kernels_hold_no_float64(cell, kind):
     assert double_arithmetic(kernel.inspect_llvm(signature)) == []
 
 
-def test_forward_of_the_lstm_is_vector_code_throughout():
-    kernel, signature = compiled("lstm", "forward")
+def outside_tiles(assembly):
+    """The vector instructions of `packed_single` that no product tile has: those add, and multiply only to add."""
+    return [line for line in packed_single(assembly) if not re.match(r"v?(?:add|fmadd\d+)ps", line)]
+
+
+@pytest.mark.parametrize("kind", ["forward", "infer"])
+def test_forward_of_the_lstm_is_vector_code_throughout(kind):
+    kernel, signature = compiled("lstm", kind)
     assembly = kernel.inspect_asm(signature)
-    # 5 activations of more than 10 operations each, and not one multiplication of single numbers.
-    assert len(packed_single(assembly)) >= 50
-    assert "mulss" not in assembly
+    # 5 activations, each with two comparisons, three negated multiply-adds, and products of its own.
+    assert len(outside_tiles(assembly)) >= 25
+    # Not one multiplication or division of single numbers: alone are added only the two biases of each gate.
+    assert re.findall(r"\bv?(?:mul|div|max|fn?m(?:add|sub)\d+)ss\b", assembly) == []
 
 
 def test_backward_of_the_lstm_is_vector_code():
     kernel, signature = compiled("lstm", "backward")
-    assert len(packed_single(kernel.inspect_asm(signature))) >= 6  # the products of `step_backward`
+    assembly = kernel.inspect_asm(signature)
+    # The products of `step_backward`: six, of which one is a multiply-add.
+    assert len(outside_tiles(assembly)) >= 5
+    assert re.findall(r"\bv?(?:mul|fn?m(?:add|sub)\d+)ss\b", assembly) == []
 
 
 @pytest.mark.parametrize("cell", ["lstm_peephole", "gru_reset_before"])
 def test_warmup_compiles_all_that_a_network_needs(cell):
     """No array that the network passes on has another layout than those of `warmup`: nothing is compiled again."""
     cpu.warmup(cell, "float64")
-    kernels = [make(CELLS[cell], np.dtype(np.float64)) for make in (cpu._forward_kernel, cpu._backward_kernel)]
-    before = [kernel.signatures for kernel in kernels]
-    assert [len(signatures) for signatures in before] == [1, 1]
+    kernels = {kind: kernel_of(cell, kind, np.float64) for kind in KERNELS}
+    for kind in ("forward", "backward", "jacobian"):
+        assert len(kernels[kind].signatures) == 1
     for T, B, H in ((1, 1, 1), (5, 3, 4)):
         net, params = random_network(cell, 1, H, 2, bidirectional=True)
         run_both(net, params, T, B, lengths=np.full(B, T), rng=np.random.default_rng(0))
         scaled_and_plain(net, T, B)
-    assert [kernel.signatures for kernel in kernels] == before
+        net.forward(np.zeros((T, B, 1)), keep=False)
+    assert {kind: len(kernel.signatures) for kind, kernel in kernels.items()} == dict.fromkeys(KERNELS, 1)
+
+
+# Layouts of what a network is given ----------------------------------------------------------------------------------
+
+
+def every_other(a):
+    wide = np.full((2 * a.shape[0], *a.shape[1:]), np.nan, a.dtype)
+    wide[::2] = a
+    return wide[::2]
+
+
+def at_byte(offset, a):
+    """A copy of `a` that begins `offset` bytes after where a number may begin."""
+    placed = np.ndarray(a.shape, a.dtype, np.zeros(a.nbytes + offset, np.uint8), offset)
+    placed[...] = a
+    assert not placed.flags.aligned
+    return placed
+
+
+LAYOUTS = {
+    "every other": every_other,
+    "last axis": lambda a: every_other(np.ascontiguousarray(a.T)).T,
+    "Fortran": np.asfortranarray,
+    "backwards": lambda a: a[::-1].copy()[::-1],
+    "transposed": lambda a: np.ascontiguousarray(a.swapaxes(0, 1)).swapaxes(0, 1),
+    "odd address": lambda a: at_byte(3, a),
+    "half aligned": lambda a: at_byte(4, a),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 4, 5]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_memory_layout_of_arguments_does_not_matter(cell, layout, lengths):
+    """The same numbers, to the last bit, from the same kernels: none is compiled anew for a layout."""
+    T, B, I, H = 6, 3, 4, V + 3
+    net, _ = random_network(cell, I, H, seed=16)
+    rng = np.random.default_rng(17)
+    x, d_output = rng.normal(size=(T, B, I)), rng.normal(size=(T, B, H))
+    state, d_final = random_state(rng, net, B), random_state(rng, net, B)
+    results, signatures = [], []
+    for form in (np.copy, LAYOUTS[layout]):
+        x_, d_output_ = form(x), form(d_output)
+        state_, d_final_ = (as_state(form(part) for part in parts_of(s)) for s in (state, d_final))
+        trace = net.forward(x_, state_, lengths)
+        gradients = net.backward(trace, d_output_, d_final_)
+        lean = net.forward(x_, state_, lengths, keep=False)
+        finals = [*parts_of(trace.final), *parts_of(gradients.state)]
+        results.append([trace.output, *finals, gradients.x, gradients.params.flat, gradients.h[0], lean.output])
+        np.testing.assert_array_equal(x_, x)  # nothing is written to an argument
+        np.testing.assert_array_equal(d_output_, d_output)
+        signatures.append([kernel_of(cell, kind, np.float64).signatures for kind in ("forward", "infer", "backward")])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert signatures[0] == signatures[1]
 
 
 def test_backend_names_what_it_takes():

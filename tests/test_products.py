@@ -1,16 +1,27 @@
 """Products from register tiles: every remainder, against NumPy in higher precision, and bit for bit in parts."""
 
+from functools import cache
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from conftest import relative_error
+from numba import njit
 
-from rnnlab.kernels import cpu, products
-from rnnlab.kernels.simd import VECTOR_BYTES
+from rnnlab.kernels import products
+from rnnlab.kernels.simd import VECTOR_BYTES, address
+
+DTYPES = ["float32", "float64"]
+GROUPS = [1, 3, 4]
+ROWS = [*range(1, 14), 24, 97]
+
+#: What surrounds every array that is written to, and must still be there afterwards; no sum comes to it.
+CANARY = 12345.0
+_EDGE = 64
 
 
-def problem(dtype, rows, depth, columns):
-    rng = np.random.default_rng(rows * 10_000 + depth * 100 + columns)
-    return rng.normal(size=(rows, depth)).astype(dtype), rng.normal(size=(depth, columns)).astype(dtype)
+def lanes(dtype):
+    return VECTOR_BYTES // np.dtype(dtype).itemsize
 
 
 def bound(dtype, depth):
@@ -18,76 +29,356 @@ def bound(dtype, depth):
     return 4 * np.finfo(dtype).eps * np.sqrt(depth)
 
 
-N32 = products.COLUMNS * VECTOR_BYTES // 4
+def normal(dtype, *shape):
+    return np.random.default_rng(shape).normal(size=shape).astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 11, 13, 95, 96, 97, 200])
-@pytest.mark.parametrize("columns", [1, N32 - 1, N32, N32 + 1, 3 * N32 + 7])
-def test_product_with_every_remainder(dtype, rows, columns):
-    for depth in (1, 2, 33):
-        a, b = problem(dtype, rows, depth, columns)
-        want = a.astype(np.longdouble) @ b.astype(np.longdouble)
-        for packed in (products.pack(b), products.pack_transposed(np.ascontiguousarray(b.T))):
-            out = np.full((rows, columns), np.nan, dtype)
-            products.product(out, a, packed, 0, rows)
-            assert relative_error(out, want) <= bound(dtype, depth)
+class Guarded:
+    """An array with canaries on both sides; `intact` tells whether they live."""
+
+    def __init__(self, shape, dtype, fill=np.nan):
+        size = int(np.prod(shape))
+        self._memory = np.full(size + 2 * _EDGE, CANARY, dtype)
+        self.array = self._memory[_EDGE : _EDGE + size].reshape(shape)
+        self.array[...] = fill
+
+    @property
+    def intact(self):
+        return (self._memory[:_EDGE] == CANARY).all() and (self._memory[-_EDGE:] == CANARY).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("depth", [1, 255, 256, 257, 600])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, N32), (15, N32 + 1), (17, 5), (50, 2 * N32 - 1)])
-def test_transposed_product_with_every_remainder(dtype, depth, rows, columns):
-    b, a = problem(dtype, depth, columns, 1)[0], problem(dtype, depth, rows, 1)[0]
-    out = np.ones((rows, columns), dtype)  # the product is added
-    products.add_transposed(out, a, b, 0, rows)
-    want = 1 + a.T.astype(np.longdouble) @ b.astype(np.longdouble)
-    assert relative_error(out, want) <= bound(dtype, depth)
+def units_of(H, dtype):
+    return -(-H // lanes(dtype))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_parts_give_the_same_bits(dtype):
-    a, b = problem(dtype, 41, 70, N32 + 3)
-    whole, parts, packed = np.empty((41, N32 + 3), dtype), np.empty((41, N32 + 3), dtype), products.pack(b)
-    products.product(whole, a, packed, 0, 41)
-    for first, last in [(0, 1), (1, 8), (8, 31), (31, 41)]:
-        products.product(parts, a, packed, first, last)
+def in_lanes(values, group, dtype):
+    """(…, G·H) in the order unit, gate, lane: (…, U, G, V), zero past the last unit."""
+    V, H = lanes(dtype), values.shape[-1] // group
+    U = units_of(H, dtype)
+    padded = np.zeros((*values.shape[:-1], group, U * V), values.dtype)
+    padded[..., :H] = values.reshape(*values.shape[:-1], group, H)
+    return np.moveaxis(padded.reshape(*values.shape[:-1], group, U, V), -3, -2)
+
+
+def width_at(unit, units, most):
+    return max(w for w in (1, 2, 4, 8) if w <= most and (w == 1 or w <= units - unit))
+
+
+def panels(columns, most):
+    """Where each panel of (K, U, width of a unit) begins, and all panels one after the other, read front to back."""
+    K, U = columns.shape[:2]
+    flat, starts, unit = [], [], 0
+    while unit < U:
+        width = width_at(unit, U, most)
+        flat.append(columns[:, unit : unit + width].reshape(K, -1).reshape(-1))
+        starts.append(unit)
+        unit += width
+    return starts, np.concatenate(flat)
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("one_row", [False, True])
+def test_gates_of_a_unit_are_packed_side_by_side(dtype, group, one_row):
+    V, most = lanes(dtype), products.panel_units(group, one_row)
+    for H in (1, V - 1, V, V + 1, 2 * V * most - 1, 3 * V * most + V + 2):
+        for depth in (1, 3, 64, 65, 130):  # rows are taken 64 at a time
+            weight = normal(dtype, group * H, depth)
+            _, want = panels(in_lanes(weight.T, group, dtype), most)
+            target, U = Guarded(want.shape, dtype), units_of(H, dtype)
+            products.pack_gates(target.array, 0, weight, group, most, 0, U)
+            np.testing.assert_array_equal(target.array, want)
+            assert target.intact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", GROUPS)
+@pytest.mark.parametrize("one_row", [False, True])
+def test_columns_are_packed_in_the_order_of_units(dtype, gates, one_row):
+    V, most = lanes(dtype), products.panel_units(1, one_row)
+    for H in (1, V, 2 * V + 3):
+        for columns in (1, V - 1, V, V + 1, 2 * V * most - 1, V * most + 3 * V + 2):
+            weight = normal(dtype, gates * H, columns)
+            rows = in_lanes(weight.T, gates, dtype).reshape(columns, -1).T
+            _, want = panels(in_lanes(rows, 1, dtype), most)
+            target = Guarded(want.shape, dtype)
+            products.pack_columns(target.array, 0, weight, gates, most, 0, units_of(columns, dtype))
+            np.testing.assert_array_equal(target.array, want)
+            assert target.intact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parties", [2, 3, 7])
+def test_parts_of_a_packing_are_shared_out_without_overlap(dtype, parties):
+    """Each party packs its panels at their own place, and leaves those of the others as they are."""
+    V, group, shift = lanes(dtype), 3, 5
+    H, depth, gates = 11 * V + 2, 7, group
+    weight, columns = normal(dtype, group * H, depth), normal(dtype, gates * 4, H)
+    U = units_of(H, dtype)
+    for one_row in (False, True):
+        for pack, source, most, numbers in (
+            (products.pack_gates, weight, products.panel_units(group, one_row), group * V * depth),
+            (products.pack_columns, columns, products.panel_units(1, one_row), units_of(4, dtype) * gates * V * V),
+        ):
+            whole = np.full(shift + U * numbers, np.nan, dtype)
+            pack(whole, shift, source, group, most, 0, U)
+            assert np.isnan(whole[:shift]).all()
+            parts, ends = np.full_like(whole, np.nan), []
+            for rank in range(parties):
+                first, last = (products.share(U, most, r, parties) for r in (rank, rank + 1))
+                ends += [first, last]
+                one = np.full_like(whole, np.nan)
+                pack(one, shift, source, group, most, first, last)
+                mine = slice(shift + first * numbers, shift + last * numbers)
+                parts[mine] = one[mine]
+                one[mine] = np.nan
+                assert np.isnan(one).all()
+            assert (ends[0], ends[-1]) == (0, U)
+            assert ends[1:-1:2] == ends[2:-1:2]  # one begins where the last one ended
+            np.testing.assert_array_equal(parts, whole)
+
+
+def test_shares_begin_at_panels_and_differ_by_one_at_most():
+    for count in range(1, 40):
+        for most in (1, 2, 4, 8):
+            for parties in (1, 2, 3, 5, 8):
+                ends = [products.share(count, most, rank, parties) for rank in range(parties + 1)]
+                assert (ends[0], ends[-1]) == (0, count)
+                assert all(end % most == 0 for end in ends[:-1] if end < count)
+                sizes = [-(-last // most) - -(-first // most) for first, last in pairwise(ends)]
+                assert max(sizes) - min(sizes) <= 1
+
+
+# Products with packed panels ------------------------------------------------------------------------------------------
+
+
+@cache
+def multiplier(group, dtype):
+    """`multiply` for arrays instead of addresses, from given numbers of out, start, a and of the packed factor on."""
+    multiply = products.multiply(group, np.dtype(dtype))
+
+    @njit
+    def run(out, o, o_row, start, s, s_row, a, a0, a_row, packed, depth, rows, first, last, units):
+        multiply(
+            address(out, o), o_row, address(start, s), s_row, address(a, a0), a_row, address(packed, 0), depth, rows,
+            first, last, units,
+        )  # fmt: skip
+
+    return run
+
+
+@cache
+def block_runner(group, dtype):
+    """`blocks` for arrays instead of addresses."""
+    block = products.blocks(group, np.dtype(dtype))
+
+    @njit
+    def run(width, out, o, o_row, o_unit, o_gate, start, s, s_row, a, a0, a_row, a_k, packed, p, depth, rows):
+        return block(
+            width, address(out, o), o_row, o_unit, o_gate, address(start, s), s_row, address(a, a0), a_row, a_k,
+            address(packed, p), depth, rows,
+        )  # fmt: skip
+
+    return run
+
+
+def product_problem(dtype, group, rows, depth, H):
+    """a (rows, depth), packed panels of a weight (G·H, depth), start (rows, U·G·V), and start + a·weightᵀ."""
+    a, weight = normal(dtype, rows, depth), normal(dtype, group * H, depth)
+    columns = in_lanes(weight.T, group, dtype)
+    start = normal(dtype, rows, *columns.shape[1:])
+    exact = in_lanes(a.astype(np.longdouble) @ weight.T.astype(np.longdouble), group, dtype)
+    return a, columns, start, exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_product_with_every_remainder(dtype, group, rows):
+    V, most = lanes(dtype), products.panel_units(group)
+    for U in range(1, 2 * most + 2):
+        H = U * V - (U * 3) % V
+        for depth in (1, 2, 33):
+            a, columns, start, exact = product_problem(dtype, group, rows, depth, H)
+            _, packed = panels(columns, most)
+            row = U * group * V
+            out = Guarded((rows, U, group, V), dtype)
+            multiplier(group, dtype)(
+                out.array.reshape(-1), 0, row, start.reshape(-1), 0, row, a.reshape(-1), 0, depth, packed, depth, rows,
+                0, U, U,
+            )  # fmt: skip
+            assert relative_error(out.array, start.astype(np.longdouble) + exact) <= bound(dtype, depth)
+            assert out.intact
+            past = (np.arange(U * V) >= H).reshape(U, 1, V) & np.ones((rows, 1, group, 1), bool)
+            np.testing.assert_array_equal(out.array[past], start[past])  # weights past the last unit are 0
+
+            bias = start[:1].copy()  # one row to start all from
+            multiplier(group, dtype)(
+                out.array.reshape(-1), 0, row, bias.reshape(-1), 0, 0, a.reshape(-1), 0, depth, packed, depth, rows,
+                0, U, U,
+            )  # fmt: skip
+            assert relative_error(out.array, bias.astype(np.longdouble) + exact) <= bound(dtype, depth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("parties", [2, 3, 5])
+def test_parts_of_a_product_give_the_same_bits(dtype, group, parties):
+    """Rows and units dealt out among threads: the same numbers, and none of another's is touched."""
+    V, most, rows, depth = lanes(dtype), products.panel_units(group), 41, 70
+    U = 3 * most + 1
+    row = U * group * V
+    a, columns, start, _ = product_problem(dtype, group, rows, depth, U * V - 2)
+    _, packed = panels(columns, most)
+    run = multiplier(group, dtype)
+
+    def product(r0, r1, first, last):
+        out = np.full((rows, U, group, V), np.nan, dtype)
+        run(
+            out.reshape(-1), r0 * row, row, start.reshape(-1), r0 * row, row, a.reshape(-1), r0 * depth, depth, packed,
+            depth, r1 - r0, first, last, U,
+        )  # fmt: skip
+        assert np.isnan(out[:r0]).all()
+        assert np.isnan(out[r1:]).all()
+        assert np.isnan(out[:, :first]).all()
+        assert np.isnan(out[:, last:]).all()
+        return out[r0:r1, first:last]
+
+    whole = product(0, rows, 0, U)
+    row_ends = [rows * rank // parties for rank in range(parties + 1)]
+    by_rows = [product(*ends, 0, U) for ends in pairwise(row_ends)]
+    np.testing.assert_array_equal(np.concatenate(by_rows), whole)
+    unit_ends = [products.share(U, most, rank, parties) for rank in range(parties + 1)]
+    by_units = [product(0, rows, *ends) for ends in pairwise(unit_ends)]
+    np.testing.assert_array_equal(np.concatenate(by_units, axis=1), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_single_rows_and_strides_give_the_same_bits(dtype, group):
+    """A row alone has wider panels; tiles read a by columns and write gates apart, as the kernels have them do."""
+    V, rows, depth = lanes(dtype), 29, 50
+    for one_row in (False, True):
+        most = products.panel_units(group, one_row)
+        for U in range(1, 2 * most + 2):
+            row = U * group * V
+            a, columns, start, _ = product_problem(dtype, group, rows, depth, U * V - 1)
+            whole = np.full((rows, U, group, V), np.nan, dtype)
+            multiplier(group, dtype)(
+                whole.reshape(-1), 0, row, start.reshape(-1), 0, row, a.reshape(-1), 0, depth,
+                panels(columns, products.panel_units(group))[1], depth, rows, 0, U, U,
+            )  # fmt: skip
+            starts, packed = panels(columns, most)
+            transposed = np.ascontiguousarray(a.T)
+            out = Guarded((group, rows, U, V), dtype)  # gates apart
+            for unit in starts:
+                width = width_at(unit, U, most)
+                assert products.width_at(unit, U, most) == width
+                b = 0
+                while b < rows:
+                    count = block_runner(group, dtype)(
+                        width, out.array.reshape(-1), (b * U + unit) * V, U * V, V, rows * U * V, start.reshape(-1),
+                        b * row + unit * group * V, row, transposed.reshape(-1), b, 1, rows, packed,
+                        unit * group * V * depth, depth, rows - b,
+                    )  # fmt: skip
+                    assert 1 <= count <= rows - b
+                    assert count * width * group <= products.ACCUMULATORS
+                    b += count
+            np.testing.assert_array_equal(np.moveaxis(out.array, 0, 2), whole)
+            assert out.intact
+
+
+# Sums over rows -------------------------------------------------------------------------------------------------------
+
+
+def sum_problem(dtype, gates, H, columns, rows):
+    """a (rows, U·G·V), of which lanes past the last unit hold anything; b (rows, columns); aᵀ·b and Σ a (G·H, …)."""
+    a = in_lanes(normal(dtype, rows, gates * H), gates, dtype)
+    V, U = lanes(dtype), units_of(H, dtype)
+    inside = np.moveaxis(a, 2, 1).reshape(rows, gates, U * V)[:, :, :H].reshape(rows, gates * H).copy()
+    a[:, np.arange(U * V).reshape(U, 1, V).repeat(gates, 1) >= H] = 1e3
+    b = normal(dtype, rows, columns)
+    exact = inside.astype(np.longdouble).T @ b.astype(np.longdouble)
+    return a.reshape(rows, -1), b, exact, inside.sum(axis=0, dtype=np.longdouble)
+
+
+def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0):
+    """`add_transposed` with guarded scratch; a and b begin at number `shift` of theirs."""
+    columns, (first, last), (g0, g1) = out.shape[1], strips or (0, a.shape[1] // lanes(dtype)), which or (0, gates)
+    scratch = Guarded((products.scratch_size(columns, lanes(dtype)),), dtype)
+    before = np.full(shift, np.nan, dtype)
+    products.add_transposed(np.dtype(dtype))(
+        out, np.concatenate([before, a.reshape(-1)]), shift, gates, g0, g1, np.concatenate([before, b.reshape(-1)]),
+        shift, columns, len(a), first, last, scratch.array,
+    )  # fmt: skip
+    assert scratch.intact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, products.DEPTH - 1, products.DEPTH, products.DEPTH + 1, 2 * products.DEPTH + 9])
+def test_transposed_product_with_every_remainder(dtype, rows):
+    V = lanes(dtype)
+    sizes = [(1, 1, 1), (3, V, V), (4, V + 1, 4 * V + 3), (1, 3 * V - 1, 2 * V - 1), (3, V - 1, 6 * V + 1)]
+    sizes += [(1, H, 5) for H in range(2, 14)]  # every remainder of rows in a strip
+    sizes += [(4, 3 * V + 2, 3 * V)]  # more strips than are packed at a time
+    for gates, H, columns in sizes:
+        a, b, exact, _ = sum_problem(dtype, gates, H, columns, rows)
+        out = Guarded((gates * H, columns), dtype, fill=1)  # the product is added
+        add_product(out.array, a, b, gates, dtype, shift=3)
+        assert relative_error(out.array, 1 + exact) <= bound(dtype, rows), (gates, H, columns)
+        assert out.intact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_product_of_some_gates(dtype):
+    """Gates outside the range stay as they are; two ranges together are all of it, to the last bit."""
+    V, gates, rows = lanes(dtype), 3, 37
+    H, columns = 2 * V + 5, V + 3
+    a, b, _, _ = sum_problem(dtype, gates, H, columns, rows)
+    whole, parts = np.zeros((gates * H, columns), dtype), np.zeros((gates * H, columns), dtype)
+    add_product(whole, a, b, gates, dtype)
+    add_product(parts, a, b, gates, dtype, which=(0, 2))
+    np.testing.assert_array_equal(parts[: 2 * H], whole[: 2 * H])
+    assert (parts[2 * H :] == 0).all()
+    add_product(parts, a, b, gates, dtype, which=(2, 3))
     np.testing.assert_array_equal(parts, whole)
-    whole, parts = np.zeros((70, 41), dtype), np.zeros((70, 41), dtype)
-    left, right = np.ascontiguousarray(a), problem(dtype, 41, 41, 1)[0]
-    products.add_transposed(whole, left, right, 0, 70)
-    for first, last in [(0, 3), (3, 16), (16, 70)]:
-        products.add_transposed(parts, left, right, first, last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", GROUPS)
+@pytest.mark.parametrize("parties", [2, 3, 5])
+def test_strips_of_a_transposed_product_give_the_same_bits(dtype, gates, parties):
+    """Strips dealt out among threads: each adds its own rows of the result, once."""
+    V, rows = lanes(dtype), products.DEPTH + 13
+    H, columns = 5 * V + 3, 2 * V + 1
+    a, b, _, _ = sum_problem(dtype, gates, H, columns, rows)
+    whole, parts = np.zeros((gates * H, columns), dtype), np.zeros((gates * H, columns), dtype)
+    add_product(whole, a, b, gates, dtype)
+    strips = gates * units_of(H, dtype)
+    for rank in range(parties):
+        add_product(parts, a, b, gates, dtype, strips=[products.share(strips, 1, r, parties) for r in (rank, rank + 1)])
     np.testing.assert_array_equal(parts, whole)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_all_rows_and_change_no_bit(monkeypatch, threads):
-    monkeypatch.setattr(cpu, "threads", lambda: threads)
-    parts = []
-    cpu._share(lambda first, last: parts.append((first, last)), 10, 1e12)
-    assert len(parts) == threads
-    assert sorted(row for first, last in parts for row in range(first, last)) == list(range(10))
-    parts.clear()
-    cpu._share(lambda first, last: parts.append((first, last)), 10, 1e6)  # not worth a second thread
-    assert parts == [(0, 10)]
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
-def test_threads_change_no_bit_of_a_network(monkeypatch, cell):
-    from rnnlab import Recurrent
-
-    net = Recurrent(cell, 5, 33, seed=0)
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(9, 7, 5)).astype(np.float32)
-    d_output = rng.normal(size=(9, 7, 33)).astype(np.float32)
-    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1.0)
-    results = []
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
-        trace = net.forward(x)
-        gradients = net.backward(trace, d_output)
-        results.append([trace.output, gradients.x, gradients.params.flat, gradients.h[0]])
-    for other in results[1:]:
-        for got, want in zip(other, results[0], strict=True):
-            np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", GROUPS)
+def test_sums_over_rows(dtype, gates):
+    V = lanes(dtype)
+    for H in (1, V - 1, V, V + 1, 3 * V - 2):  # up to 12 strips, which are taken 8 at a time
+        for rows in ROWS:
+            a, _, _, exact = sum_problem(dtype, gates, H, 1, rows)
+            flat = np.concatenate([np.full(5, np.nan, dtype), a.reshape(-1)])
+            strips, scratch = a.shape[1] // V, Guarded((products.scratch_size(1, V),), dtype)
+            out = Guarded((gates * H,), dtype, fill=1)  # the sum is added
+            products.add_sums(out.array, flat, 5, gates, rows, 0, strips, scratch.array)
+            assert relative_error(out.array, 1 + exact) <= bound(dtype, rows)
+            assert out.intact
+            assert scratch.intact
+            parts = np.ones_like(out.array)
+            ends = [products.share(strips, 1, rank, 3) for rank in range(4)]
+            for first, last in pairwise(ends):
+                products.add_sums(parts, flat, 5, gates, rows, first, last, scratch.array)
+            np.testing.assert_array_equal(parts, out.array)

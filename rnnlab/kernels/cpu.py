@@ -188,7 +188,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
             _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
             for p in range(P):
                 for n in range(units * V):
-                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else 0
+                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else work.dtype.type(0)
         if parties > 1:
             wait_for_all(counter, parties)
         if by_units:
@@ -348,60 +348,10 @@ def _pack_biases(work, to_ih, to_hh, bias_ih, bias_hh, gates, joint):
         for g in range(gates):
             for v in range(V):
                 to, j = (u * gates + g) * V + v, g * H + u * V + v
-                inside = u * V + v < H
-                work[to_ih + to] = (bias_ih[j] + bias_hh[j] if joint else bias_ih[j]) if inside else 0
-                work[to_hh + to] = bias_hh[j] if inside else 0
-
-
-# The log-scaled adjoint ---------------------------------------------------------------------------------------------
-
-
-@njit
-def _largest(values):
-    """Return the exponent e of the largest magnitude, in [2^(e−1), 2^e), and whether there is one that is not zero."""
-    largest = abs(values[0])
-    for v in values:
-        largest = max(largest, abs(v))
-    return math.frexp(largest)[1], largest > 0
-
-
-@njit
-def _power_of_two(n, dtype):
-    """Return 2ⁿ as two factors that are both normal numbers; n is cut off where the product with any number is."""
-    limit = 2 * np.finfo(dtype).maxexp - 4
-    n = max(min(n, limit), -limit)
-    half = n // 2
-    return math.ldexp(dtype.type(1), half), math.ldexp(dtype.type(1), n - half)
-
-
-@njit
-def _add_scaled(d_state, exponent, direct, direct_exponent):
-    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
-
-    Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
-    """
-    S, H = d_state.shape
-    top, found = direct_exponent, False
-    for s in range(S):
-        e, nonzero = _largest(d_state[s])
-        if nonzero:
-            top, found = max(top, exponent + e) if found else exponent + e, True
-    e, nonzero = _largest(direct)
-    if nonzero:
-        top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
-    if not found:
-        return exponent
-    low, high = _power_of_two(exponent - top, d_state.dtype)
-    for s in range(S):
-        for j in range(H):
-            d_state[s, j] = d_state[s, j] * low * high
-    low, high = _power_of_two(direct_exponent - top, d_state.dtype)
-    for j in range(H):
-        d_state[0, j] += direct[j] * low * high
-    return top
-
-
-# Backward -----------------------------------------------------------------------------------------------------------
+                work[to_ih + to] = work[to_hh + to] = 0
+                if u * V + v < H:
+                    work[to_ih + to] = bias_ih[j] + bias_hh[j] if joint else bias_ih[j]
+                    work[to_hh + to] = bias_hh[j]
 
 
 @cache
@@ -499,7 +449,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                         move(work, to, flat_d, s * slot + (T * B + b) * H + u * V, n)
             for p in range(P):
                 for n in range(units * V):
-                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else 0
+                    work[PEEPHOLE + p * units * V + n] = peephole[p * H + n] if n < H else work.dtype.type(0)
         if parties > 1:
             wait_for_all(counter, parties)
         first, last = B * rank // parties, B * (rank + 1) // parties
@@ -937,12 +887,13 @@ def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Ar
 def warmup(cell_name: str, dtype: DTypeLike) -> None:
     """Compile the kernels of a cell, or load them from Numba's cache on disk, by running them once."""
     cell, dtype = CELLS[cell_name], np.dtype(dtype)
-    # No dimension is 1: the products are compiled for each memory layout, and a single row has several.
     B = inputs = H = 2
     rows, states = len(cell.gates) * H, len(cell.states)
     shapes = ((rows, inputs), (rows, H), (rows,), (rows,), (len(cell.peepholes) * H,))
     weights = LayerWeights(*(np.zeros(shape, dtype) for shape in shapes))
     state, d_output = np.zeros((states, B, H), dtype), np.zeros((2, B, H), dtype)
-    trace = forward(cell, np.zeros((2, B, inputs), dtype), weights, state, np.full(B, 2))
-    backward(cell, trace, weights, d_output, state)
+    for keep in (False, True):
+        trace = forward(cell, np.zeros((2, B, inputs), dtype), weights, state, np.full(B, 2), keep)
+    for exponent in (None, np.zeros((2, B), np.int64)):
+        backward(cell, trace, weights, d_output, state, exponent)
     jacobian(cell, trace, weights, 0)

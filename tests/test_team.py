@@ -1,0 +1,379 @@
+"""Kernels in several threads, in bounds, in processes that share a cache; and the memory they work in."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import naive
+import numpy as np
+import pytest
+from conftest import TOLERANCE, parts_of, random_network, random_state, relative_error
+
+from rnnlab import CELLS
+from rnnlab.kernels import LayerWeights, cpu, team
+from rnnlab.kernels.simd import VECTOR_BYTES
+
+#: Numbers of float64 in one vector register.
+V = VECTOR_BYTES // 8
+
+
+def force(monkeypatch, parties, by_units):
+    """Have every kernel run in so many threads; the scaled adjoint shares only sequences."""
+
+    def plan(cell, T, B, I, H, dtype, scaled=False):
+        return (min(parties, B), False) if scaled else (parties, by_units)
+
+    monkeypatch.setattr(cpu, "plan", plan)
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_change_no_bit(monkeypatch, cell, B):
+    """Three panels of units in every product, the last ones narrower: so that each of three threads has one."""
+    T, I, H = 43, 11, 19 * V - 3
+    net, params = random_network(cell, I, H, scale=H**-0.5, seed=1)
+    rng = np.random.default_rng(B)
+    x, d_output = rng.normal(size=(T, B, I)), rng.normal(size=(T, B, H))
+    state, d_final = random_state(rng, net, B), random_state(rng, net, B)
+    lengths = None if B == 1 else [T, 1, 40, T, 5, T, 17]
+    monkeypatch.setattr(cpu, "_CHUNK", 40)  # two chunks of one sequence, nine of seven: the last one shorter
+
+    def results():
+        trace = net.forward(x, state, lengths)
+        gradients = net.backward(trace, d_output, d_final)
+        lean = net.forward(x, state, lengths, keep=False)
+        (scaled,), dx, exponent = net.backpropagate(trace, d_output, d_final, scaled=True)
+        return {
+            "output": trace.output,
+            "states": trace.layers[0].state,
+            "final": np.stack(parts_of(trace.final)),
+            "output without keeping": lean.output,
+            "states without keeping": lean.layers[0].state,
+            "dx": gradients.x,
+            "dh": gradients.h[0],
+            "dc": np.array(gradients.c),
+            "dstate": np.stack(parts_of(gradients.state)),
+            **{f"d {name}": values for name, values in gradients.params.items()},
+            "scaled dstates": scaled.state,
+            "scaled dx": dx,
+            "exponents": exponent,
+        }
+
+    force(monkeypatch, 1, False)
+    alone = results()
+    textbook = naive.forward(cell, params, x, state, lengths)
+    exact = naive.backward(textbook, d_output, d_final)
+    assert relative_error(alone["output"], textbook.output) <= TOLERANCE
+    assert relative_error(alone["dh"], exact.h[0]) <= TOLERANCE
+    for name, want in exact.params.items():
+        assert relative_error(alone[f"d {name}"], want) <= TOLERANCE
+    for parties, by_units in [(2, True), (3, True)] + ([(2, False), (3, False)] if B > 1 else []):
+        force(monkeypatch, parties, by_units)
+        together = results()
+        for name, want in alone.items():
+            np.testing.assert_array_equal(together[name], want, err_msg=f"{name}, {parties} threads, {by_units=}")
+
+
+def record(calls, lock):
+    def kernel(argument, counter, rank, parties, by_units):
+        with lock:
+            calls.append((argument, counter.shape, rank, parties, by_units, threading.get_ident()))
+
+    return kernel
+
+
+@pytest.mark.parametrize("by_units", [False, True])
+@pytest.mark.parametrize("parties", [1, 2, 3])
+def test_every_party_runs_once_in_a_thread_of_its_own(parties, by_units):
+    calls = []
+    team.run_together(record(calls, threading.Lock()), ("an argument",), parties, by_units)
+    by_units = by_units and parties > 1
+    assert sorted(call[:5] for call in calls) == [("an argument", (1,), k, parties, by_units) for k in range(parties)]
+    assert next(call[5] for call in calls if call[2] == 0) == threading.get_ident()
+    assert not team._busy.locked()
+
+
+def test_an_error_in_any_party_reaches_the_caller_and_frees_the_team():
+    def kernel(bad, counter, rank, parties, by_units):
+        if rank == bad:
+            raise RuntimeError(f"rank {rank}")
+
+    for bad in (0, 1):
+        with pytest.raises(RuntimeError, match=f"rank {bad}"):
+            team.run_together(kernel, (bad,), 2, False)
+        assert not team._busy.locked()
+
+
+def test_while_another_call_has_the_threads_one_party_does_it_all(monkeypatch):
+    """Two calls whose threads wait for each other on too few cores would never end."""
+    net, _ = random_network("lstm", 5, 3 * V, seed=2)
+    x = np.random.default_rng(3).normal(size=(6, 4, 5))
+    force(monkeypatch, 2, True)
+    want = net.forward(x).output
+    calls = []
+    with team._busy:
+        team.run_together(record(calls, threading.Lock()), (0,), 2, True)
+        got = net.forward(x).output
+    assert [call[2:5] for call in calls] == [(0, 1, False)]
+    np.testing.assert_array_equal(got, want)
+    calls.clear()
+    team.run_together(record(calls, threading.Lock()), (0,), 2, True)
+    assert len(calls) == 2
+
+
+def test_callers_in_many_threads_get_their_own_results(monkeypatch):
+    """Some find the team free and some do not; memory goes from one to another."""
+    net, _ = random_network("lstm", 5, 3 * V, seed=4)
+    inputs = np.random.default_rng(5).normal(size=(4, 90, 30, 5))  # large enough for memory that is used again
+    d_output = np.ones((90, 30, 3 * V))
+
+    def result(x):
+        trace = net.forward(x)
+        return [trace.output, net.backward(trace, d_output).params.flat]
+
+    force(monkeypatch, 1, False)
+    want = [result(x) for x in inputs]
+    force(monkeypatch, 2, True)
+    got = [[] for _ in inputs]
+
+    def caller(k):
+        for _ in range(5):
+            got[k].append(result(inputs[k]))
+
+    callers = [threading.Thread(target=caller, args=(k,)) for k in range(len(inputs))]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    for mine, exact in zip(got, want, strict=True):
+        assert len(mine) == 5
+        for one in mine:
+            for array, right in zip(one, exact, strict=True):
+                np.testing.assert_array_equal(array, right)
+
+
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+CANARY = 12345
+_EDGE = 1024
+
+
+class GuardedMemory:
+    """Allocates arrays between canaries: `empty` ones are full of NaN."""
+
+    def __init__(self):
+        self._given = []
+
+    def full(self, shape, dtype, fill):
+        size = int(np.prod(shape))
+        memory = np.full(size + 2 * _EDGE, CANARY, dtype)
+        array = memory[_EDGE : _EDGE + size].reshape(shape)
+        array[...] = fill
+        self._given.append((memory, array.shape))
+        return array
+
+    def empty(self, shape, dtype):
+        return self.full(shape, dtype, np.nan)
+
+    def zeros(self, shape, dtype=float):
+        return self.full(shape, dtype, 0)
+
+    def broken(self):
+        """The shapes of the arrays around which something was written."""
+        edges = [(np.concatenate([memory[:_EDGE], memory[-_EDGE:]]), shape) for memory, shape in self._given]
+        return [shape for edge, shape in edges if (edge != CANARY).any()]
+
+
+def amid_nan(a):
+    """A copy of `a` with NaN before and behind it: what is read there spoils a result."""
+    memory = np.full(a.size + 2 * _EDGE, np.nan, a.dtype)
+    memory[_EDGE : _EDGE + a.size] = a.reshape(-1)
+    return memory[_EDGE : _EDGE + a.size].reshape(a.shape)
+
+
+def layer_results(cell, arrays, exponent):
+    x, weights, state, lengths, d_output, d_final = arrays
+    trace = cpu.forward(cell, x, weights, state, lengths)
+    lean = cpu.forward(cell, x, weights, state, lengths, False)
+    plain = cpu.backward(cell, trace, weights, d_output, d_final)
+    scaled = cpu.backward(cell, trace, weights, d_output, d_final, exponent)
+    assert np.isfinite(trace.saved).all()
+    saved = trace.saved.transpose(0, 2, 3, 1, 4).reshape(*x.shape[:2], trace.saved.shape[3], -1)
+    kept = [
+        trace.state,
+        saved[..., : d_output.shape[2]],
+        trace.reset_h,
+        lean.state,
+    ]  # lanes past the last unit are free
+    return [*kept, plain.state, plain.x, *plain.weights, scaled.state, scaled.x, scaled.exponent]
+
+
+BOUNDS = [(cell, "float64") for cell in CELLS] + [("rnn_tanh", "float32"), ("lstm", "float32")]
+
+
+@pytest.mark.parametrize(("cell", "dtype"), BOUNDS)
+def test_kernels_stay_in_bounds_and_read_nothing_unset(monkeypatch, cell, dtype):
+    """Canaries around all that is written, NaN around all that is read and in all memory that is not yet written."""
+    cell, dtype = CELLS[cell], np.dtype(dtype)
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    shapes = [(1, 1, 1, 1), (5, 2, 4, 17), (9, 7, 3, 50), (4, 1, 70, 70), (3, 30, 2, 33), (300, 1, 2, 17)]
+    shapes += [(40, 7, 2, 1)]  # as the one before it: more steps than are taken at a time
+    for T, B, I, H in shapes:
+        rng = np.random.default_rng(T)
+        sizes = ((G * H, I), (G * H, H), (G * H,), (G * H,), (P * H,))
+        weights = LayerWeights(*(amid_nan(rng.normal(0, H**-0.5, size).astype(dtype)) for size in sizes))
+        x, state, d_output, d_final = (
+            amid_nan(rng.normal(size=size).astype(dtype)) for size in ((T, B, I), (S, B, H), (T, B, H), (S, B, H))
+        )
+        lengths, exponent = rng.integers(1, T + 1, B), rng.integers(-9, 9, (T, B))
+        arrays = x, weights, state, lengths, d_output, d_final
+        with monkeypatch.context() as patch:
+            force(patch, 1, False)
+            want = layer_results(cell, arrays, exponent)
+        for parties, by_units in [(1, False), (2, True), (3, True)] + ([(2, False)] if B > 1 else []):
+            memory = GuardedMemory()
+            with monkeypatch.context() as patch:
+                force(patch, parties, by_units)
+                patch.setattr(cpu, "empty", memory.empty)
+                # The kernels are compiled by now: this is read by no function but those in Python.
+                patch.setattr(cpu, "np", SimpleNamespace(**{**vars(np), "zeros": memory.zeros}))
+                got = layer_results(cell, arrays, exponent)
+            assert memory.broken() == []
+            for mine, right in zip(got, want, strict=True):
+                assert np.isfinite(mine).all()
+                np.testing.assert_array_equal(mine, right)
+
+
+# Two processes and one cache ------------------------------------------------------------------------------------------
+
+GRADIENTS = """
+import hashlib
+import numpy as np
+from rnnlab import CELLS, Recurrent
+from rnnlab.kernels import cpu
+
+def gradients(cell, T, B, I, H, dtype):
+    net, rng = Recurrent(cell, I, H, dtype=dtype, seed=0), np.random.default_rng(1)
+    trace = net.forward(rng.normal(size=(T, B, I)).astype(dtype))
+    gradients = net.backward(trace, rng.normal(size=(T, B, H)).astype(dtype))
+    digest = hashlib.sha256()
+    for array in (trace.output, gradients.x, gradients.h[0], gradients.params.flat):
+        digest.update(array.tobytes())
+    kernels = [make(CELLS[cell], np.dtype(dtype), keep) for make, keep in KERNELS]
+    return digest.hexdigest(), [sum(kernel.stats.cache_hits.values()) for kernel in kernels]
+
+KERNELS = [(cpu._forward_kernel, True), (cpu._backward_kernel, False)]
+"""
+
+
+def test_kernels_from_the_cache_compute_what_they_did_in_the_process_that_compiled_them(tmp_path):
+    """A kernel from the cache brings functions with it; none may bear the name of another one in this process."""
+
+    def output(program):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", GRADIENTS + program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    one = "digest, hits = gradients('rnn_relu', 5, 1, 32, 32, 'float32'); print(digest, *hits)"
+    # Of one type, so that functions get the same numbers from Numba in both processes, and differ.
+    other = "gradients('rnn_tanh', 7, 3, 20, 40, 'float32')\n"
+    compiled, *hits = output(one)
+    assert hits == ["0", "0"]
+    loaded, *hits = output(other + one)
+    assert hits == ["1", "1"]
+    assert loaded == compiled
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """No memory is kept from other tests."""
+    gc.collect()
+    monkeypatch.setattr(team, "_free", {})
+    return team._free
+
+
+LARGE = (1 << 15,)  # numbers of float64: 256 KiB
+
+
+def start(array):
+    return array.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (7, 5), (1 << 13,), (3, 5, 1 << 13), (1 << 16, 3)])
+def test_empty_gives_aligned_arrays_that_do_not_overlap(shape, dtype):
+    arrays = [team.empty(shape, np.dtype(dtype)) for _ in range(4)]
+    for k, array in enumerate(arrays):
+        assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+        assert start(array) % 64 == 0
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.flags.writeable
+        array[...] = k
+    assert all((array == k).all() for k, array in enumerate(arrays))
+
+
+def test_memory_of_a_large_array_is_used_again(nothing_kept):
+    dtype = np.dtype(np.float64)
+    first = team.empty(LARGE, dtype)
+    where = start(first)
+    second = team.empty(LARGE, dtype)
+    assert start(second) != where
+    del first
+    gc.collect()
+    again = team.empty(LARGE, dtype)
+    assert start(again) == where
+    other = team.empty(LARGE, dtype)
+    assert start(other) not in (where, start(second))
+
+
+@pytest.mark.parametrize(
+    "view", [lambda a: a[5:9], lambda a: a.reshape(2, -1)[1], lambda a: a.view(np.int64)[3:], lambda a: memoryview(a)]
+)
+def test_a_view_keeps_its_memory(nothing_kept, view):
+    dtype = np.dtype(np.float64)
+    whole = team.empty(LARGE, dtype)
+    whole[...] = 3
+    where, part = start(whole), view(whole)
+    part[0] = 7
+    want = np.array(part)
+    del whole
+    gc.collect()
+    assert nothing_kept == {}
+    others = [team.empty(LARGE, dtype) for _ in range(3)]
+    for other in others:
+        assert start(other) != where
+        other[...] = 0
+    np.testing.assert_array_equal(part, want)
+    del part
+    gc.collect()
+    assert start(team.empty(LARGE, dtype)) == where
+
+
+def test_no_more_memory_is_kept_than_the_limit(nothing_kept, monkeypatch):
+    dtype = np.dtype(np.float64)
+    size = team.empty(LARGE, dtype).nbytes
+    gc.collect()
+    nothing_kept.clear()
+    monkeypatch.setattr(team, "_KEPT", 5 * size)
+    arrays = [team.empty(LARGE, dtype) for _ in range(9)] + [team.empty((2 * LARGE[0],), dtype) for _ in range(3)]
+    del arrays[:]
+    gc.collect()
+    kept = sum(memory.nbytes for memories in nothing_kept.values() for memory in memories)
+    assert 4 * size < kept <= 5 * (size + 64)  # each has room to begin on a cache line
+
+
+def test_small_arrays_are_not_kept(nothing_kept):
+    for _ in range(10):
+        team.empty((100,), np.dtype(np.float64))
+    gc.collect()
+    assert nothing_kept == {}
