@@ -354,6 +354,57 @@ def _pack_biases(work, to_ih, to_hh, bias_ih, bias_hh, gates, joint):
                     work[to_hh + to] = bias_hh[j]
 
 
+# The log-scaled adjoint ---------------------------------------------------------------------------------------------
+
+
+@njit
+def _largest(values):
+    """Return the exponent e of the largest magnitude, in [2^(e−1), 2^e), and whether there is one that is not zero."""
+    largest = abs(values[0])
+    for v in values:
+        largest = max(largest, abs(v))
+    return math.frexp(largest)[1], largest > 0
+
+
+@njit
+def _power_of_two(n, dtype):
+    """Return 2ⁿ as two factors that are both normal numbers; n is cut off where the product with any number is."""
+    limit = 2 * np.finfo(dtype).maxexp - 4
+    n = max(min(n, limit), -limit)
+    half = n // 2
+    return math.ldexp(dtype.type(1), half), math.ldexp(dtype.type(1), n - half)
+
+
+@njit
+def _add_scaled(d_state, exponent, direct, direct_exponent):
+    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
+
+    Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
+    """
+    S, H = d_state.shape
+    top, found = direct_exponent, False
+    for s in range(S):
+        e, nonzero = _largest(d_state[s])
+        if nonzero:
+            top, found = max(top, exponent + e) if found else exponent + e, True
+    e, nonzero = _largest(direct)
+    if nonzero:
+        top, found = max(top, direct_exponent + e) if found else direct_exponent + e, True
+    if not found:
+        return exponent
+    low, high = _power_of_two(exponent - top, d_state.dtype)
+    for s in range(S):
+        for j in range(H):
+            d_state[s, j] = d_state[s, j] * low * high
+    low, high = _power_of_two(direct_exponent - top, d_state.dtype)
+    for j in range(H):
+        d_state[0, j] += direct[j] * low * high
+    return top
+
+
+# Backward -----------------------------------------------------------------------------------------------------------
+
+
 @cache
 def _backward_panel(cell: Cell, V: int):
     """Regions of the panel: dL/dstate as it comes, direct part, saved, peephole; dL/d of what `step` took."""
