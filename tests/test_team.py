@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import timeit
 from types import SimpleNamespace
 
 import naive
@@ -377,3 +378,23 @@ def test_small_arrays_are_not_kept(nothing_kept):
         team.empty((100,), np.dtype(np.float64))
     gc.collect()
     assert nothing_kept == {}
+
+
+@pytest.mark.skipif(team.threads() < 2, reason="there is nothing to choose with one thread")
+@pytest.mark.parametrize("shape", [(100, 1, 32), (100, 1, 256), (100, 20, 50), (60, 32, 128)])
+def test_the_plan_is_about_as_fast_as_the_fastest(monkeypatch, shape):
+    """The best of 15 times of each plan: the one that the cost model takes needs no more than half as much again."""
+    T, B, H = shape
+    net, _ = random_network("lstm", H, H, dtype="float32")
+    x = np.zeros((T, B, H), np.float32)
+    chosen = team.plan(net.cell, T, B, H, H, net.dtype)
+    assert chosen == min(
+        [(1, False), (2, True), *([(2, False)] if B > 1 else [])],
+        key=lambda plan: team.predicted_seconds(net.cell, T, B, H, H, net.dtype, *plan),
+    )
+    best = {}
+    for parties, by_units in [(1, False), (2, True), *([(2, False)] if B > 1 else [])]:
+        force(monkeypatch, parties, by_units)
+        net.forward(x)
+        best[parties, by_units] = min(timeit.repeat(lambda: net.forward(x), number=1, repeat=15))
+    assert best[chosen] <= 1.5 * min(best.values()), best

@@ -144,7 +144,7 @@ def pack_gates(target, at, weight, gates, most, first, last):
                     to, row = at + unit * gates * V * K + k0 * stride + (j * gates + g) * V, g * H + (unit + j) * V
                     for v in range(valid):
                         for k in range(min(_SPREAD, K - k0)):
-                            target[to + k * stride + v] = source[(row + v) * K + k0 + k]
+                            target[np.uintp(to + k * stride + v)] = source[np.uintp((row + v) * K + k0 + k)]
                     for k in range(min(_SPREAD, K - k0)):
                         for v in range(valid, V):
                             target[to + k * stride + v] = 0
