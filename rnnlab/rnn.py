@@ -27,8 +27,6 @@ __all__ = ["GRU", "LSTM", "RNN", "Checkpoints", "Gradients", "Recurrent", "Trace
 Array = NDArray[Any]
 State = Array | tuple[Array, Array]
 
-_BIASES = ("bias_ih", "bias_hh")
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -209,7 +207,8 @@ class Recurrent:
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
-        final = self._unstack_state(np.stack([[slots[T] for slots in kind] for kind in states]))
+        last = [trace.state[:, T] for trace in layers]
+        final = self._unstack_state(last[0][:, None].copy() if len(last) == 1 else np.stack(last, axis=1))
         return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks, keep)
 
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
@@ -379,11 +378,13 @@ class Recurrent:
 
     def _weights(self, k: int, params: Params | None = None) -> LayerWeights:
         """Return the weights of layer-direction k in `params` (the network's own where None); absent ones are zeros."""
-        params, empty = self.params if params is None else params, np.zeros(0, self.dtype)
-        absent = {"peephole": empty}
+        params = self.params if params is None else params
+        weights = [params[full] for full in self._names[k].values()]
         if not self.bias:
-            absent |= {name: np.zeros(len(self.cell.gates) * self.hidden_size, self.dtype) for name in _BIASES}
-        return LayerWeights(**(absent | {name: params[full] for name, full in self._names[k].items()}))
+            weights[2:2] = [np.zeros(len(weights[0]), self.dtype)] * 2
+        if not self.cell.peepholes:
+            weights.append(np.zeros(0, self.dtype))
+        return LayerWeights(*weights)
 
     def _stack_state(self, name: str, state: State | None, batch: int) -> Array:
         """Return a state or its gradient as (S, L·D, B, H)."""
