@@ -493,6 +493,11 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 work[ZERO + n] = 0
             for n in range(S * B * units * V):
                 work[CARRY + n] = 0
+            if H % V:  # lanes past the last unit meet weights of 0, which an adjoint of ∞ would make NaN
+                for n in range(DAX, CARRY):
+                    work[n] = 0
+                for n in range(B * units * V if RESET else 0):
+                    work[DA_LAST + n] = 0
             for b in range(B):
                 for u in range(units):
                     for s in range(S):
@@ -605,9 +610,9 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                         move(work, DA_LAST + at, work, ZERO, V)
                                     continue
                                 for g in range(G):
-                                    move(work, da + g * V, panel, DAX_ + g * R + i * V, V)
+                                    move(work, da + g * V, panel, DAX_ + g * R + i * V, n)
                                     if not JOINT:
-                                        move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, V)
+                                        move(work, da + apart + g * V, panel, DAH_ + g * R + i * V, n)
                                 for p in range(P):
                                     move(
                                         flat_dp,
@@ -622,7 +627,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                         move(flat_d, to, panel, TOTAL + s * R + i * V, n)
                                     move(work, CARRY + s * B * units * V + at, panel, OLD + s * R + i * V, V)
                                 if RESET:
-                                    move(work, DA_LAST + at, panel, DAX_ + (G - 1) * R + i * V, V)
+                                    move(work, DA_LAST + at, panel, DAX_ + (G - 1) * R + i * V, n)
                         b += count
                     unit += width
                 if RESET:
@@ -650,7 +655,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 for u in range(unit, unit + width):
                                     i = (r - b) * width + u - unit
                                     if t < lengths[r]:
-                                        move(work, dax + (r * units + u) * G * V, panel, DAX_ + i * V, V)
+                                        move(work, dax + (r * units + u) * G * V, panel, DAX_ + i * V, H - u * V)
                                         move(work, CARRY + (r * units + u) * V, panel, OLD + i * V, V)
                             b += count
                         unit += width
