@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.compiling import kernel
+from .kernels.compiling import cached
 
 __all__ = [
     "all_finite",
@@ -60,7 +60,7 @@ def check_array(
 _EXPONENTS = {4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
 
 
-@kernel("checks")
+@cached("checks")
 def _any_full_exponent(bits: Array, exponent: np.unsignedinteger[Any]) -> bool:
     found = False
     for i in range(bits.size):

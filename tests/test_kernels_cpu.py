@@ -271,8 +271,8 @@ def signatures(cell, dtype):
     calls = []
 
     def called(kernel, arguments, parties, by_units):
-        arguments = (*arguments, np.zeros(1, np.int64), 0, parties, by_units)
-        calls.append(tuple(typeof(argument) for argument in arguments))
+        numbers = np.zeros(1, np.int64)
+        calls.append(tuple(typeof(argument) for argument in (arguments, numbers, numbers, parties, by_units, 0)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "run_together", called)
@@ -281,7 +281,7 @@ def signatures(cell, dtype):
         net.forward(x, keep=False)
         net.backpropagate(trace, d_output)
         net.backpropagate(trace, d_output, scaled=True)
-    assert {argument.dtype for call in calls for argument in call if isinstance(argument, types.Array)} == {
+    assert {argument.dtype for call in calls for argument in call[0] if isinstance(argument, types.Array)} == {
         from_dtype(np.dtype(dtype)),
         types.int64,
     }

@@ -60,6 +60,15 @@ def in_lanes(values, group, dtype):
     return np.moveaxis(padded.reshape(*values.shape[:-1], group, U, V), -3, -2)
 
 
+def in_rows(values, gates, dtype):
+    """(…, G·H) in the order unit, gate, lane, without padding between them."""
+    H = values.shape[-1] // gates
+    order = [
+        g * H + j for u in range(0, H, lanes(dtype)) for g in range(gates) for j in range(u, min(u + lanes(dtype), H))
+    ]
+    return values[..., order]
+
+
 def width_at(unit, units, most):
     return max(w for w in (1, 2, 4, 8) if w <= most and (w == 1 or w <= units - unit))
 
@@ -102,7 +111,7 @@ def test_columns_are_packed_in_the_order_of_units(dtype, gates, one_row):
     for H in (1, V, 2 * V + 3):
         for columns in (1, V - 1, V, V + 1, 2 * V * most - 1, V * most + 3 * V + 2):
             weight = normal(dtype, gates * H, columns)
-            rows = in_lanes(weight.T, gates, dtype).reshape(columns, -1).T
+            rows = in_rows(weight.T, gates, dtype).T
             _, want = panels(in_lanes(rows, 1, dtype), most)
             target = Guarded(want.shape, dtype)
             products.pack_columns(target.array, 0, weight, gates, most, 0, units_of(columns, dtype))
@@ -121,7 +130,7 @@ def test_parts_of_a_packing_are_shared_out_without_overlap(dtype, parties):
     for one_row in (False, True):
         for pack, source, most, numbers in (
             (products.pack_gates, weight, products.panel_units(group, one_row), group * V * depth),
-            (products.pack_columns, columns, products.panel_units(1, one_row), units_of(4, dtype) * gates * V * V),
+            (products.pack_columns, columns, products.panel_units(1, one_row), len(columns) * V),
         ):
             whole = np.full(shift + U * numbers, np.nan, dtype)
             pack(whole, shift, source, group, most, 0, U)
@@ -177,7 +186,7 @@ def block_runner(group, dtype):
 
     @njit
     def run(width, out, o, o_row, o_unit, o_gate, start, s, s_row, a, a0, a_row, a_k, packed, p, depth, rows):
-        return block(
+        block(
             width, address(out, o), o_row, o_unit, o_gate, address(start, s), s_row, address(a, a0), a_row, a_k,
             address(packed, p), depth, rows,
         )  # fmt: skip
@@ -279,40 +288,60 @@ def test_single_rows_and_strides_give_the_same_bits(dtype, group):
                 assert products.width_at(unit, U, most) == width
                 b = 0
                 while b < rows:
-                    count = block_runner(group, dtype)(
-                        width, out.array.reshape(-1), (b * U + unit) * V, U * V, V, rows * U * V, start.reshape(-1),
-                        b * row + unit * group * V, row, transposed.reshape(-1), b, 1, rows, packed,
-                        unit * group * V * depth, depth, rows - b,
-                    )  # fmt: skip
+                    count = products.rows_at(width, group, rows - b)
                     assert 1 <= count <= rows - b
                     assert count * width * group <= products.ACCUMULATORS
+                    block_runner(group, dtype)(
+                        width, out.array.reshape(-1), (b * U + unit) * V, U * V, V, rows * U * V, start.reshape(-1),
+                        b * row + unit * group * V, row, transposed.reshape(-1), b, 1, rows, packed,
+                        unit * group * V * depth, depth, count,
+                    )  # fmt: skip
                     b += count
             np.testing.assert_array_equal(np.moveaxis(out.array, 0, 2), whole)
             assert out.intact
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("one_row", [False, True])
+def test_tiles_cover_every_row_and_unit_once(group, one_row):
+    most = products.panel_units(group, one_row)
+    for rows in (1,) if one_row else ROWS:
+        for U in range(1, 2 * most + 2):
+            for first, last in ((0, U), (products.share(U, most, 1, 2), U)):
+                table = np.zeros((U * rows + 1, 4), np.int64)
+                count = products.list_tiles(table, 2, 2 + rows, first, last, U, most, group)
+                covered = np.zeros((U, rows + 3), int)
+                for unit, width, row, height in table[:count]:
+                    assert width == width_at(unit, U, most)
+                    assert width * height * group <= products.ACCUMULATORS
+                    covered[unit : unit + width, row : row + height] += 1
+                assert (table[count:] == 0).all()
+                want = np.zeros_like(covered)
+                want[first:last, 2 : 2 + rows] = 1
+                np.testing.assert_array_equal(covered, want)
 
 
 # Sums over rows -------------------------------------------------------------------------------------------------------
 
 
 def sum_problem(dtype, gates, H, columns, rows):
-    """a (rows, U·G·V), of which lanes past the last unit hold anything; b (rows, columns); aᵀ·b and Σ a (G·H, …)."""
-    a = in_lanes(normal(dtype, rows, gates * H), gates, dtype)
-    V, U = lanes(dtype), units_of(H, dtype)
-    inside = np.moveaxis(a, 2, 1).reshape(rows, gates, U * V)[:, :, :H].reshape(rows, gates * H).copy()
-    a[:, np.arange(U * V).reshape(U, 1, V).repeat(gates, 1) >= H] = 1e3
-    b = normal(dtype, rows, columns)
+    """a (rows, U·G·V), of which only G·H numbers are set; b (rows, columns); aᵀ·b and Σ a (G·H, …)."""
+    inside, b = normal(dtype, rows, gates * H), normal(dtype, rows, columns)
+    a = np.full((rows, units_of(H, dtype) * gates * lanes(dtype)), np.nan, dtype)
+    a[:, : gates * H] = in_rows(inside, gates, dtype)
     exact = inside.astype(np.longdouble).T @ b.astype(np.longdouble)
-    return a.reshape(rows, -1), b, exact, inside.sum(axis=0, dtype=np.longdouble)
+    return a, b, exact, inside.sum(axis=0, dtype=np.longdouble)
 
 
 def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0):
     """`add_transposed` with guarded scratch; a and b begin at number `shift` of theirs."""
-    columns, (first, last), (g0, g1) = out.shape[1], strips or (0, a.shape[1] // lanes(dtype)), which or (0, gates)
+    columns = out.shape[1]
     scratch = Guarded((products.scratch_size(columns, lanes(dtype)),), dtype)
     before = np.full(shift, np.nan, dtype)
     products.add_transposed(np.dtype(dtype))(
-        out, np.concatenate([before, a.reshape(-1)]), shift, gates, g0, g1, np.concatenate([before, b.reshape(-1)]),
-        shift, columns, len(a), first, last, scratch.array,
+        out, np.concatenate([before, a.reshape(-1)]), shift, a.shape[1], gates, which or (0, gates),
+        np.concatenate([before, b.reshape(-1)]), shift, columns, len(a), strips or (0, a.shape[1] // lanes(dtype)),
+        scratch.array,
     )  # fmt: skip
     assert scratch.intact
 
@@ -359,7 +388,14 @@ def test_strips_of_a_transposed_product_give_the_same_bits(dtype, gates, parties
     add_product(whole, a, b, gates, dtype)
     strips = gates * units_of(H, dtype)
     for rank in range(parties):
-        add_product(parts, a, b, gates, dtype, strips=[products.share(strips, 1, r, parties) for r in (rank, rank + 1)])
+        add_product(
+            parts,
+            a,
+            b,
+            gates,
+            dtype,
+            strips=(products.share(strips, 1, rank, parties), products.share(strips, 1, rank + 1, parties)),
+        )
     np.testing.assert_array_equal(parts, whole)
 
 
@@ -373,12 +409,12 @@ def test_sums_over_rows(dtype, gates):
             flat = np.concatenate([np.full(5, np.nan, dtype), a.reshape(-1)])
             strips, scratch = a.shape[1] // V, Guarded((products.scratch_size(1, V),), dtype)
             out = Guarded((gates * H,), dtype, fill=1)  # the sum is added
-            products.add_sums(out.array, flat, 5, gates, rows, 0, strips, scratch.array)
+            products.add_sums(out.array, flat, 5, a.shape[1], gates, rows, (0, strips), scratch.array)
             assert relative_error(out.array, 1 + exact) <= bound(dtype, rows)
             assert out.intact
             assert scratch.intact
             parts = np.ones_like(out.array)
             ends = [products.share(strips, 1, rank, 3) for rank in range(4)]
-            for first, last in pairwise(ends):
-                products.add_sums(parts, flat, 5, gates, rows, first, last, scratch.array)
+            for both in pairwise(ends):
+                products.add_sums(parts, flat, 5, a.shape[1], gates, rows, both, scratch.array)
             np.testing.assert_array_equal(parts, out.array)

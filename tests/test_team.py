@@ -1,10 +1,12 @@
 """Kernels in several threads, in bounds, in processes that share a cache; and the memory they work in."""
 
+import ctypes
 import gc
 import os
 import subprocess
 import sys
 import threading
+import time
 import timeit
 from types import SimpleNamespace
 
@@ -12,10 +14,11 @@ import naive
 import numpy as np
 import pytest
 from conftest import TOLERANCE, parts_of, random_network, random_state, relative_error
+from numba import njit
 
 from rnnlab import CELLS
 from rnnlab.kernels import LayerWeights, cpu, team
-from rnnlab.kernels.simd import VECTOR_BYTES
+from rnnlab.kernels.simd import VECTOR_BYTES, job
 from rnnlab.timing import usable_cores
 
 #: Numbers of float64 in one vector register.
@@ -82,34 +85,71 @@ def test_threads_change_no_bit(monkeypatch, cell, B):
             np.testing.assert_array_equal(together[name], want, err_msg=f"{name}, {parties} threads, {by_units=}")
 
 
-def record(calls, lock):
-    def kernel(argument, counter, rank, parties, by_units):
-        with lock:
-            calls.append((argument, counter.shape, rank, parties, by_units, threading.get_ident()))
+#: What `threading.get_ident` returns, for compiled code.
+_windows = sys.platform == "win32"
+_library = ctypes.WinDLL("kernel32") if _windows else ctypes.CDLL(None)  # type: ignore[attr-defined]
+thread_id = ctypes.CFUNCTYPE(ctypes.c_ulong)(("GetCurrentThreadId" if _windows else "pthread_self", _library))
 
-    return kernel
+
+@njit(nogil=True)
+def record(arguments, counter, mails, parties, by_units, rank):
+    """A kernel whose every part notes what it was called with, and how many had come before it went on."""
+    team.post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
+    notes, number = arguments
+    team.wait_for_all(counter, parties)
+    for k, note in enumerate((number, parties, np.int64(by_units), counter[0], np.int64(thread_id()))):
+        notes[rank, k] = note
+    team.wait_until_done(mails, parties, rank)
+
+
+def notes_of(parties, by_units, number=7):
+    notes = np.full((4, 5), -1)
+    team.run_together(record, (notes, number), parties, by_units)
+    return notes
 
 
 @pytest.mark.parametrize("by_units", [False, True])
 @pytest.mark.parametrize("parties", [1, 2, 3])
 def test_every_party_runs_once_in_a_thread_of_its_own(parties, by_units):
-    calls = []
-    team.run_together(record(calls, threading.Lock()), ("an argument",), parties, by_units)
-    by_units = by_units and parties > 1
-    assert sorted(call[:5] for call in calls) == [("an argument", (1,), k, parties, by_units) for k in range(parties)]
-    assert next(call[5] for call in calls if call[2] == 0) == threading.get_ident()
-    assert not team._busy.locked()
-
-
-def test_an_error_in_any_party_reaches_the_caller_and_frees_the_team():
-    def kernel(bad, counter, rank, parties, by_units):
-        if rank == bad:
-            raise RuntimeError(f"rank {rank}")
-
-    for bad in (0, 1):
-        with pytest.raises(RuntimeError, match=f"rank {bad}"):
-            team.run_together(kernel, (bad,), 2, False)
+    for number in range(50):
+        notes = notes_of(parties, by_units, number)
+        want = [number, parties, by_units and parties > 1, parties]
+        np.testing.assert_array_equal(notes[:parties, :4], np.array([want] * parties))
+        assert (notes[parties:] == -1).all()
+        assert notes[0, 4] == threading.get_ident()
+        assert len(set(notes[:parties, 4])) == parties
         assert not team._busy.locked()
+
+
+def test_threads_sleep_when_no_job_comes_and_wake_for_the_next():
+    """Asleep they take no time of a processor."""
+    for pause in (0, 0.001, 0.1, 0.002, 0.3):
+        assert (notes_of(3, True)[:3, 0] == 7).all()
+        time.sleep(pause)
+    workers, _ = team._workers(2)
+    assert all(worker.asleep for worker in workers)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.05  # two that kept looking would take 0.2 s or more
+
+
+def test_an_error_of_the_caller_frees_the_team():
+    def fails(arguments, counter, mails, parties, by_units, rank):
+        raise RuntimeError("before it was posted")
+
+    with pytest.raises(RuntimeError, match="before it was posted"):
+        team.run_together(fails, (), 2, False)
+    assert not team._busy.locked()
+    assert (notes_of(2, False)[:2, 0] == 7).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    notes_of(2, False)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (notes_of(2, False)[:2, 0] == 7).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_while_another_call_has_the_threads_one_party_does_it_all(monkeypatch):
@@ -118,15 +158,12 @@ def test_while_another_call_has_the_threads_one_party_does_it_all(monkeypatch):
     x = np.random.default_rng(3).normal(size=(6, 4, 5))
     force(monkeypatch, 2, True)
     want = net.forward(x).output
-    calls = []
     with team._busy:
-        team.run_together(record(calls, threading.Lock()), (0,), 2, True)
+        notes = notes_of(2, True)
         got = net.forward(x).output
-    assert [call[2:5] for call in calls] == [(0, 1, False)]
+    np.testing.assert_array_equal(notes[:, :4], [[7, 1, 0, 1]] + [[-1] * 4] * 3)
     np.testing.assert_array_equal(got, want)
-    calls.clear()
-    team.run_together(record(calls, threading.Lock()), (0,), 2, True)
-    assert len(calls) == 2
+    assert (notes_of(2, True)[:2, 1] == 2).all()
 
 
 def test_callers_in_many_threads_get_their_own_results(monkeypatch):

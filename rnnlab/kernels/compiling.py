@@ -12,7 +12,10 @@ from numba import njit
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["kernel", "part"]
+__all__ = ["ARITHMETIC", "cached", "part"]
+
+#: Options of compiled arithmetic: fusing a multiply with an add ("contract") only ever drops a rounding.
+ARITHMETIC = {"error_model": "numpy", "fastmath": {"contract"}}
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -78,15 +81,15 @@ def part(*key, **options):
     return decorate
 
 
-def kernel(variant: str, *parts: Any) -> Callable[[Any], Any]:
-    """Return the decorator of a sequence kernel: compiled without the GIL, cached on disk under the name `variant`.
+def cached(variant: str, *parts: Any) -> Callable[[Any], Any]:
+    """Return the decorator of a function that Python calls: compiled without the GIL, kept on disk as `variant`.
 
-    `parts` are the scalar functions inside it. With one that is not rnnlab's own nothing is cached: its source is not
-    in the hash.
+    `parts` are the scalar functions inside it. With one that is not rnnlab's own nothing is kept: its source is not in
+    the hash.
     """
 
     def decorate(function):
-        dispatcher = part(variant, nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        dispatcher = part(variant, nogil=True, **ARITHMETIC)(function)
         if not all(part.py_func.__module__.startswith("rnnlab.") for part in parts):
             return dispatcher
         dispatcher._cache = _KernelCache(function, variant)

@@ -21,10 +21,13 @@ __all__ = [
     "add_sums",
     "add_transposed",
     "blocks",
+    "list_tiles",
     "multiply",
+    "multiply_columns",
     "pack_columns",
     "pack_gates",
     "panel_units",
+    "rows_at",
     "scratch_size",
     "share",
     "width_at",
@@ -63,26 +66,50 @@ def share(count, most, rank, parties):
 # Tiles --------------------------------------------------------------------------------------------------------------
 
 
+@njit
+def rows_at(width, group, rows):
+    """Return the rows of the next tile of `width` units: as many of `rows` as stay in registers."""
+    if width > 1 and width * group > 4:  # a panel for one row
+        return 1
+    for size in (8, 6, 4, 2):
+        if size <= rows and size * width * group <= ACCUMULATORS and not (size == 6 and rows == 8):
+            return size  # 8 are 4 and 4, which is faster than 6 and 2
+    return 1
+
+
+@njit
+def list_tiles(table, first, last, first_unit, last_unit, units, most, group):
+    """Write every tile of rows first…last and units first_unit…last_unit: unit, width, row, rows; return how many."""
+    n, unit = 0, first_unit
+    while unit < last_unit:
+        width, row = width_at(unit, units, most), first
+        while row < last:
+            rows = rows_at(width, group, last - row)
+            table[n, 0], table[n, 1], table[n, 2], table[n, 3] = unit, width, row, rows
+            n, row = n + 1, row + rows
+        unit += width
+    return n
+
+
 @cache
 def _block(units, group, dtype, sizes):
-    """Build the largest tile of `sizes` rows that fits; it returns how many rows that were. Arguments as `tile`."""
+    """Build the choice among tiles of `sizes` rows. Arguments as `tile`, and the rows."""
     size, one = sizes[0], tile(sizes[0], units, group, dtype)
     smaller = _block(units, group, dtype, sizes[1:]) if sizes[1:] else None
-    even = 8 if size == 6 else -1  # 4 and 4 rows are faster than 6 and 2
 
     @part(size, units, group, dtype)
     def block(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
-        if smaller is None or (rows >= size and rows != even):
+        if smaller is None or rows == size:
             one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth)
-            return size
-        return smaller(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
+        else:
+            smaller(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
 
 @cache
 def blocks(group, dtype, width=None):
-    """Build `block(width, …)`, which multiplies some rows by one panel of `width` units and returns how many rows."""
+    """Build `block(width, …, rows)`, the tile of that size. Arguments as `tile`; sizes from `width_at` and `rows_at`."""
     width = width or panel_units(group, one_row=True)
     sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= ACCUMULATORS)
     one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
@@ -91,8 +118,9 @@ def blocks(group, dtype, width=None):
     @part(width, group, dtype)
     def block(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         if narrower is None or w == width:
-            return one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
-        return narrower(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
+            one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
+        else:
+            narrower(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
 
@@ -112,14 +140,60 @@ def multiply(group, dtype):
             width, at = width_at(unit, units, most), unit * group * VECTOR_BYTES
             r = 0
             while r < rows:
-                r += block(
+                count = rows_at(width, group, rows - r)
+                block(
                     width, out + at + r * o_row * size, o_row, group * lanes, lanes,
                     start + at + r * s_row * size, s_row, a + r * a_row * size, a_row, 1, packed + at * depth,
-                    depth, rows - r,
+                    depth, count,
                 )  # fmt: skip
+                r += count
             unit += width
 
     return multiply
+
+
+@cache
+def _copies(V):
+    """Build copies of a tile between `scratch` and rows of a matrix that end, after `lanes` numbers, within the tile."""
+
+    @part(V)
+    def copy_in(scratch, to, source, at, columns, width, rows, lanes):
+        for i in range(rows * width):
+            j = i % width * V
+            move(scratch, to + i * V, source, at + i // width * columns + j, lanes - j)
+
+    @part(V)
+    def copy_out(target, to, columns, scratch, at, width, rows, lanes):
+        for i in range(rows * width):
+            j = i % width * V
+            move(target, to + i // width * columns + j, scratch, at + i * V, lanes - j)
+
+    return copy_in, copy_out
+
+
+@cache
+def multiply_columns(dtype):
+    """Build the product of `rows` rows of `a` with all panels, into rows of out[to:] that have no padding."""
+    block, most, size, V = blocks(1, dtype), panel_units(1), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
+    _, copy_out = _copies(V)
+
+    @part(dtype)
+    def multiply_columns(out, to, columns, start, a, a_row, packed, depth, rows, scratch):
+        units, unit = (columns + V - 1) // V, 0
+        while unit < units:
+            width, r = width_at(unit, units, most), 0
+            b, whole = packed + unit * VECTOR_BYTES * depth, columns - unit * V >= width * V
+            while r < rows:
+                at, source, count = to + r * columns + unit * V, a + r * a_row * size, rows_at(width, 1, rows - r)
+                if whole:
+                    block(width, address(out, at), columns, V, 0, start, 0, source, a_row, 1, b, depth, count)
+                else:
+                    block(width, address(scratch, 0), width * V, V, 0, start, 0, source, a_row, 1, b, depth, count)
+                    copy_out(out, at, columns, scratch, 0, width, count, columns - unit * V)
+                r += count
+            unit += width
+
+    return multiply_columns
 
 
 # Packing ------------------------------------------------------------------------------------------------------------
@@ -153,28 +227,25 @@ def pack_gates(target, at, weight, gates, most, first, last):
 
 @njit
 def pack_columns(target, at, weight, gates, most, first, last):
-    """Pack units first…last of the columns of `weight` (G·H, columns); its rows in the order unit, gate, lane."""
+    """Pack units first…last of the columns of `weight` (G·H, columns), its rows in the order unit, gate, lane."""
     V, H, columns = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
-    source, row_units, units = weight.reshape(-1), (H + V - 1) // V, (columns + V - 1) // V
-    depth = row_units * gates * V
+    source, units = weight.reshape(-1), (columns + V - 1) // V
     unit = first
     while unit < last:
-        width, to = width_at(unit, units, most), at + unit * V * depth
-        for p in range(row_units):
+        width, to = width_at(unit, units, most), at + unit * V * weight.shape[0]
+        for p in range(0, H, V):
             for g in range(gates):
-                for v in range(V):
-                    row = (g * H + p * V + v) * columns
+                for row in range(g * H + p, g * H + min(p + V, H)):
                     for j in range(width):
                         valid = min(V, columns - (unit + j) * V)
-                        if valid < V or p * V + v >= H:
+                        if valid < V:
                             target[to : to + V] = 0
-                        if p * V + v < H:
-                            move(target, to, source, row + (unit + j) * V, valid)
+                        move(target, to, source, row * columns + (unit + j) * V, valid)
                         to += V
         unit += width
 
 
-# Sums over rows -----------------------------------------------------------------------------------------------------
+# Sums over rows, which hold G·H numbers in the order unit, gate, lane, without padding between them -----------------------------------------------------------------------------------------------------
 
 
 def scratch_size(columns: int, lanes: int) -> int:
@@ -182,20 +253,27 @@ def scratch_size(columns: int, lanes: int) -> int:
     return ((-(-columns // lanes) + STRIPS) * DEPTH + ACCUMULATORS) * lanes
 
 
+@njit
+def strip_at(strip, H, V, gates):
+    """Return where a strip, one gate of one unit, begins in a row: every V numbers, in the last unit every H mod V."""
+    whole = H // V * gates
+    return strip * V if strip <= whole else whole * V + (strip - whole) * (H % V)
+
+
 @cache
 def add_transposed(dtype):
-    """Build (out, a, a0, gates, first_gate, last_gate, b, b0, columns, rows, first, last, scratch) ↦ out += aᵀ·b.
+    """Build (out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch) ↦ out += aᵀ·b.
 
-    The sum is over `rows` rows of a (unit, gate, lane) and of b (columns,). A strip is one gate of one unit: V rows of
-    out (G·H, columns), which has the order of weights: gate, unit. Strips first…last are added, but for those of gates
-    outside first_gate…last_gate. `scratch` takes `scratch_size(columns)` numbers.
+    The sum is over `rows` rows of a, `stride` apart, and of b (columns,). A strip is up to V rows of out (G·H, columns),
+    which has the order of weights: gate, unit. Strips from strips[0] to strips[1] are added, those of gates from
+    which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
     """
     block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
+    copy_in, copy_out = _copies(V)
 
     @part(dtype)
-    def add_transposed(out, a, a0, gates, first_gate, last_gate, b, b0, columns, rows, first, last, scratch):
+    def add_transposed(out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch):
         H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
-        strips = (H + V - 1) // V * gates
         left, corner = units * DEPTH * V, (units + STRIPS) * DEPTH * V
         for k0 in range(0, rows, DEPTH):
             depth = min(DEPTH, rows - k0)
@@ -207,36 +285,29 @@ def add_transposed(dtype):
                     for j in range(width):
                         move(scratch, to + j * V, b, at + j * V, columns - (unit + j) * V)
                 unit += width
-            for s0 in range(first, last, STRIPS):
-                count = min(STRIPS, last - s0)
+            for s0 in range(strips[0], strips[1], STRIPS):
+                count = min(STRIPS, strips[1] - s0)
                 for k in range(depth):
-                    at = a0 + (k0 + k) * strips * V + s0 * V
+                    at = a0 + (k0 + k) * stride
                     for s in range(count):
-                        move(scratch, left + (s * DEPTH + k) * V, a, at + s * V, V)
+                        move(scratch, left + (s * DEPTH + k) * V, a, at + strip_at(s0 + s, H, V, gates), V)
                 unit = 0
                 while unit < units:
                     width = width_at(unit, units, most)
-                    panel, whole = address(scratch, unit * V * depth), columns - unit * V >= width * V
+                    panel, lanes = address(scratch, unit * V * depth), columns - unit * V
                     for s in range(count):
                         p, g = (s0 + s) // gates, (s0 + s) % gates
                         r, valid, at = 0, min(V, H - p * V), (g * H + p * V) * columns + unit * V
-                        while first_gate <= g < last_gate and r < valid:
+                        while which[0] <= g < which[1] and r < valid:
                             source, to = address(scratch, left + s * DEPTH * V + r), at + r * columns
-                            if whole:
-                                place = address(flat, to)
-                                r += block(
-                                    width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, valid - r
-                                )  # fmt: skip
-                                continue
-                            # The last columns are fewer than a panel: added to a copy.
-                            n, place = min(valid - r, ACCUMULATORS // width), address(scratch, corner)
-                            for i in range(n * width):
-                                lanes = columns - (unit + i % width) * V
-                                move(scratch, corner + i * V, flat, to + i // width * columns + i % width * V, lanes)
-                            n = block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, n)
-                            for i in range(n * width):
-                                lanes = columns - (unit + i % width) * V
-                                move(flat, to + i // width * columns + i % width * V, scratch, corner + i * V, lanes)
+                            n, place = rows_at(width, 1, valid - r), address(flat, to)
+                            if lanes >= width * V:
+                                block(width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, n)
+                            else:  # the last columns are fewer than a panel: added to a copy
+                                place = address(scratch, corner)
+                                copy_in(scratch, corner, flat, to, columns, width, n, lanes)
+                                block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, n)
+                                copy_out(flat, to, columns, scratch, corner, width, n, lanes)
                             r += n
                     unit += width
 
@@ -244,19 +315,19 @@ def add_transposed(dtype):
 
 
 @njit
-def add_sums(out, a, a0, gates, rows, first, last, scratch):
-    """out (G·H,) += Σ a over `rows` rows of a (unit, gate, lane), for strips first…last; see `add_transposed`."""
+def add_sums(out, a, a0, stride, gates, rows, strips, scratch):
+    """out (G·H,) += Σ a over `rows` rows of a, `stride` apart, for the strips of `add_transposed`."""
     V, H = VECTOR_BYTES // out.itemsize, out.shape[0] // gates
-    stride = (H + V - 1) // V * gates * V
-    for s0 in range(first, last, STRIPS):
-        count = min(STRIPS, last - s0)
-        for n in range(count * V):
+    for s0 in range(strips[0], strips[1], STRIPS):
+        last = min(s0 + STRIPS, strips[1])
+        begin = strip_at(s0, H, V, gates)
+        count = strip_at(last, H, V, gates) - begin
+        for n in range(count):
             scratch[n] = 0
         for k in range(rows):
-            at = a0 + k * stride + s0 * V
-            for n in range(count * V):
-                scratch[np.uintp(n)] += a[np.uintp(at + n)]
-        for s in range(s0, s0 + count):
+            for n in range(count):
+                scratch[np.uintp(n)] += a[np.uintp(a0 + k * stride + begin + n)]
+        for s in range(s0, last):
             p, g = s // gates, s % gates
             for v in range(min(V, H - p * V)):
-                out[g * H + p * V + v] += scratch[(s - s0) * V + v]
+                out[g * H + p * V + v] += scratch[strip_at(s, H, V, gates) - begin + v]

@@ -7,8 +7,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from ..cells import Cell
 from . import threads
+from .compiling import cached
 from .products import panel_units
-from .simd import VECTOR_BYTES, draw_ticket, tickets_drawn
+from .simd import VECTOR_BYTES, address, draw_ticket, invoke, tickets_drawn
 
-__all__ = ["empty", "plan", "predicted_seconds", "run_together", "wait_for_all"]
+__all__ = ["empty", "plan", "post", "predicted_seconds", "run_together", "wait_for_all", "wait_until_done"]
 
 Array = NDArray[Any]
 
@@ -112,35 +113,100 @@ def _plan(
 
 _let_others_run = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 
-#: How often a waiting thread looks before it lets another run on its core: some 50 µs.
-_LOOKS = 100_000
+#: How often a waiting thread looks before it lets another run on its core, some 50 µs; and before it falls asleep.
+_LOOKS, _PATIENCE = 100_000, 1_000_000
 
 
-@njit(nogil=True)
+@njit
 def wait_for_all(counter, parties):
     """Return once `parties` threads have called this with the same `counter` (one int64, 0 at first)."""
-    last = (draw_ticket(counter) + parties - 1) // parties * parties
+    here = address(counter, 0)
+    _wait_for(here, (draw_ticket(here) + parties - 1) // parties * parties)
+
+
+@njit
+def _wait_for(counter, tickets):
+    """Return once so many tickets have been drawn from the counter at this address."""
     looks = 0
-    while tickets_drawn(counter) < last:
+    while tickets_drawn(counter) < tickets:
         looks += 1
         if looks > _LOOKS:
             _let_others_run()
 
 
+# What a mail consists of, one line of cache a thread: how many jobs were posted and done, and the last one.
+_POSTED, _DONE, _CODE, _FRAME, _RANK, _MAIL = 0, 1, 2, 3, 4, _LINE // 8
+
+
+@njit
+def post(mails, parties, rank, code, frame):
+    """Have the threads behind `mails` do a `job` as ranks 1, 2, …; only rank 0 does so."""
+    for other in range(1, parties if rank == 0 else 0):
+        mail = (other - 1) * _MAIL
+        mails[mail + _CODE], mails[mail + _FRAME], mails[mail + _RANK] = code, frame, other
+        draw_ticket(address(mails, mail + _POSTED))
+
+
+@njit
+def wait_until_done(mails, parties, rank):
+    """Return once the jobs of `post` are done."""
+    for other in range(1, parties if rank == 0 else 0):
+        mail = (other - 1) * _MAIL
+        _wait_for(address(mails, mail + _DONE), mails[mail + _POSTED])
+
+
+@cached("threads")
+def _serve(mail, looks):
+    """Do the jobs that are posted, until none has come for so many looks."""
+    done, looked = mail[_DONE], 0
+    while looked < looks:
+        looked += 1
+        if tickets_drawn(address(mail, _POSTED)) > done:
+            invoke(mail[_CODE], mail[_FRAME], mail[_RANK])
+            done, looked = draw_ticket(address(mail, _DONE)), 0
+
+
+class _Worker(threading.Thread):
+    """A thread that takes up jobs within a microsecond while it is awake, and falls asleep when none come.
+
+    Awake it needs no GIL. What it and the caller say to each other in Python is ordered by the GIL.
+    """
+
+    def __init__(self, mail: NDArray[np.int64]):
+        super().__init__(name="rnnlab", daemon=True)
+        self.mail, self.asleep, self.expected = mail, True, False
+        self.bell: SimpleQueue[int] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            core = self.bell.get()
+            if core != -1:
+                os.sched_setaffinity(0, {core})  # of this thread
+            while not self.asleep:
+                _serve(self.mail, _PATIENCE)
+                self.asleep = True
+                if self.expected:
+                    self.asleep = False
+
+
 @cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="rnnlab")
+def _workers(count: int) -> tuple[list[_Worker], NDArray[np.int64]]:
+    """Return so many threads, and their mails one after the other."""
+    mails = empty((count * _MAIL,), np.dtype(np.int64))
+    mails[:] = 0
+    return [_Worker(mail) for mail in mails.reshape(count, _MAIL)], mails
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
 
 _current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
 
 #: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
 
-_place = threading.local()
+_NO_MAIL = np.zeros(0, np.int64)
 
 
 def _cores(parties: int) -> list[int]:
@@ -153,27 +219,26 @@ def _cores(parties: int) -> list[int]:
     return [-1] * parties
 
 
-def _run_on(core: int, kernel: Callable[..., Any], *arguments: Any) -> None:
-    """Run `kernel` in this thread, on that core if it is not −1."""
-    if core not in (-1, getattr(_place, "core", -1)):
-        os.sched_setaffinity(0, {core})  # of this thread
-        _place.core = core
-    kernel(*arguments)
-
-
 def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties: int, by_units: bool) -> None:
-    """Call kernel(*arguments, counter, rank, parties, by_units) in as many threads as there are parties."""
+    """Call kernel(arguments, counter, mails, parties, by_units, 0), which is to `post` itself to the other threads.
+
+    While those are at work for another caller it is alone.
+    """
     counter = np.zeros(1, np.int64)
     if parties == 1 or not _busy.acquire(blocking=False):
-        kernel(*arguments, counter, 0, 1, False)
+        kernel(arguments, counter, _NO_MAIL, 1, False, 0)
         return
+    workers, mails = _workers(parties - 1)
     try:
-        calls = [
-            (core, kernel, *arguments, counter, rank, parties, by_units) for rank, core in enumerate(_cores(parties))
-        ]
-        others = [_pool(parties - 1).submit(_run_on, *call) for call in calls[1:]]
-        kernel(*calls[0][2:])
-        for other in others:
-            other.result()
+        for worker in workers:
+            worker.expected = True
+        if any(worker.asleep for worker in workers):
+            for worker, core in zip(workers, _cores(parties)[1:], strict=True):
+                if worker.asleep:
+                    worker.asleep = False
+                    worker.bell.put(core)
+        kernel(arguments, counter, mails, parties, by_units, 0)
     finally:
+        for worker in workers:
+            worker.expected = False
         _busy.release()

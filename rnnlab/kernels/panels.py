@@ -1,0 +1,288 @@
+"""Panels: where a tile of a product leaves its sums, and a cell's scalar functions take them up as vector code.
+
+A panel is one small array of regions, each with the same number for all units of the tile: a gate sum, a state, one of
+the numbers that `step` saves. Only because all of them lie in one array can LLVM prove that loads and stores never
+overlap, and turn the loop over units into vector code.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from ..activations import scalar
+from ..cells import Cell
+from .compiling import ARITHMETIC, part
+from .products import ACCUMULATORS, blocks
+from .simd import address, move, prefetch
+
+__all__ = [
+    "backward_panel",
+    "backward_reset",
+    "backward_step",
+    "bring",
+    "forward_panel",
+    "forward_reset",
+    "forward_step",
+    "moves",
+    "numbers_saved",
+    "put_numbers",
+    "regions",
+    "store_gates",
+    "take_numbers",
+    "tile_product",
+]
+
+
+def regions(*sizes: int) -> tuple[int, ...]:
+    """Return where each of the regions begins that follow each other, and where the last one ends."""
+    return tuple(sum(sizes[:k]) for k in range(len(sizes) + 1))
+
+
+def numbers_saved(cell: Cell) -> int:
+    """Return how many numbers are kept for each unit and step: with a reset, two of the first phase."""
+    return cell.saved + (2 if cell.reset else 0)
+
+
+@cache
+def forward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
+    """Return the size of a region, and the regions: gate sums, ax where it is apart, peephole, states, saved."""
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    size = V * (ACCUMULATORS // (1 if cell.reset else G))
+    return size, regions(*(size * n for n in (G, 0 if cell.joint else G, P, S, S, numbers_saved(cell))))
+
+
+@cache
+def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
+    """Return the size of a region, and the regions: dL/dstate, direct part, saved, peephole; what comes of them."""
+    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    size = V * ACCUMULATORS
+    return size, regions(*(size * n for n in (S, 1, numbers_saved(cell), P, G, G, P, S, S)))
+
+
+# To and from memory -------------------------------------------------------------------------------------------------
+
+
+@cache
+def moves(V, whole):
+    """Build (load, store) between a panel and memory: of `whole` vectors, or of rows that end after H numbers.
+
+    Both move `count` numbers of every unit of a tile; strides lead to the next number, row and unit. The k-th number
+    begins at panel[to + k·region]; `region` 0 stores the first one `count` times.
+    """
+
+    @part(V, whole)
+    def load(panel, to, region, source, at, count, strides, tile, H):
+        unit, width, row, rows = tile
+        i = to
+        for r in range(row, row + rows):
+            for u in range(unit, unit + width):
+                here, n = at + r * strides[1] + u * strides[2], V if whole else H - u * V
+                for k in range(count):
+                    move(panel, i + k * region, source, here + k * strides[0], n)
+                i += V
+
+    @part(V, whole)
+    def store(panel, at, region, target, to, count, strides, tile, H):
+        unit, width, row, rows = tile
+        i = at
+        for r in range(row, row + rows):
+            for u in range(unit, unit + width):
+                here, n = to + r * strides[1] + u * strides[2], V if whole else H - u * V
+                for k in range(count):
+                    move(target, here + k * strides[0], panel, i + k * region, n)
+                i += V
+
+    return load, store
+
+
+@part()
+def bring(source, at, count, strides, tile):
+    """Have near what `load` will read."""
+    unit, width, row, rows = tile
+    for r in range(row, row + rows):
+        for u in range(unit, unit + width):
+            for k in range(count):
+                prefetch(source, at + k * strides[0] + r * strides[1] + u * strides[2])
+
+
+@cache
+def store_gates(V):
+    """Build the store of `count` numbers a unit into rows of unit, gate, lane, without padding between them."""
+
+    @part(V)
+    def store_gates(panel, at, region, target, to, count, stride, tile, H):
+        unit, width, row, rows = tile
+        i = at
+        for r in range(row, row + rows):
+            for u in range(unit, unit + width):
+                here, n = to + r * stride + u * count * V, min(V, H - u * V)
+                for k in range(count):
+                    move(target, here + k * n, panel, i + k * region, n)
+                i += V
+
+    return store_gates
+
+
+@cache
+def tile_product(group, dtype, V, region):
+    """Build the product of a tile of rows of `a` with packed panels of `group` gates, gate g at panel[to + g·region].
+
+    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`.
+    """
+    block = blocks(group, dtype)
+
+    @part(group, dtype, region)
+    def product(panel, to, start, s0, s_row, a, a0, a_row, packed, b0, depth, tile):
+        unit, width, row, rows = tile
+        block(
+            width, address(panel, to), width * V, V, region,
+            address(start, s0 + row * s_row + unit * group * V), s_row, address(a, a0 + row * a_row), a_row, 1,
+            address(packed, b0 + unit * group * V * depth), depth, rows,
+        )  # fmt: skip
+
+    return product
+
+
+# The cell -----------------------------------------------------------------------------------------------------------
+
+# Indices are unsigned, because what Numba does for negative ones would keep LLVM from seeing that regions lie apart.
+_index = np.uintp
+
+
+@cache
+def take_numbers(count):
+    """Build (a, first, stride) ↦ the numbers a[first], a[first + stride], … as a tuple of `count`."""
+    if count == 0:
+        return scalar(lambda a, first, stride: ())
+    rest, last = take_numbers(count - 1), count - 1
+    return scalar(lambda a, first, stride: (*rest(a, first, stride), a[_index(first + last * stride)]))
+
+
+@cache
+def put_numbers(count):
+    """Build the inverse of `take_numbers(count)`, which stores `values` where that one reads."""
+    if count == 0:
+        return scalar(lambda a, first, stride, values: None)
+    rest, last = put_numbers(count - 1), count - 1
+
+    @scalar
+    def put(a, first, stride, values):
+        rest(a, first, stride, values)
+        a[_index(first + last * stride)] = values[last]
+
+    return put
+
+
+def _loop(*key):
+    """Return the decorator of a loop over the units of a panel."""
+    return part(*key, forceinline=True, **ARITHMETIC)
+
+
+def _nothing(count, dtype):
+    """Return `count` times −0, which changes no number that it is added to."""
+    return (dtype.type(-0.0),) * count
+
+
+@cache
+def forward_step(cell: Cell, dtype, V: int, keep: bool):
+    """Build the loop of `step` over a panel."""
+    G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
+    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
+    take_gates, take_peepholes, take_states, put_states, put_saved = (
+        take_numbers(G),
+        take_numbers(P),
+        take_numbers(S),
+        put_numbers(S),
+        put_numbers(K),
+    )
+    step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
+
+    @_loop(cell.name, dtype, keep)
+    def forward_step(panel, count):
+        for v in range(count):
+            ax = take_gates(panel, v + (SUM if JOINT else AX), R)
+            ah = nothing if JOINT else take_gates(panel, v + SUM, R)
+            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(panel, v + OLD, R))
+            put_states(panel, v + NEW, R, new)
+            if KEEP:
+                put_saved(panel, v + SAVED, R, partials)
+
+    return forward_step
+
+
+@cache
+def forward_reset(cell: Cell, dtype, V: int):
+    """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
+    R, (SUM, _, _, OLD, NEW, SAVED, _) = forward_panel(cell, V)
+    reset, nothing, take, put, put_kept = (
+        cell.reset[0],
+        dtype.type(-0.0),
+        take_numbers(1),
+        put_numbers(1),
+        put_numbers(2),
+    )
+
+    @_loop(cell.name, dtype)
+    def forward_reset(panel, count):
+        for v in range(count):
+            new, partials = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
+            put(panel, v + NEW, R, (new,))
+            put_kept(panel, v + SAVED, R, partials)
+
+    return forward_reset
+
+
+@cache
+def backward_step(cell: Cell, V: int, scaled: bool):
+    """Build the loop of `step_backward` over a panel."""
+    S, P, K = len(cell.states), len(cell.peepholes), cell.saved
+    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
+    take_saved, take_peepholes, take_states, take_direct = (
+        take_numbers(K),
+        take_numbers(P),
+        take_numbers(S),
+        take_numbers(1),
+    )
+    put_gates, put_peepholes, put_states, put_h = (
+        put_numbers(len(cell.gates)),
+        put_numbers(P),
+        put_numbers(S),
+        put_numbers(1),
+    )
+    step_backward, JOINT, SCALED = cell.step_backward, cell.joint, scaled
+
+    @_loop(cell.name, V, scaled)
+    def backward_step(panel, count):
+        for v in range(count):
+            if not SCALED:
+                put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
+            da_x, da_h, dp, total, d_old = step_backward(
+                take_saved(panel, v + SAVED, R),
+                take_peepholes(panel, v + PEEPHOLE, R),
+                take_states(panel, v + NEW, R),
+            )
+            put_gates(panel, v + DAX, R, da_x)
+            if not JOINT:
+                put_gates(panel, v + DAH, R, da_h)
+            put_peepholes(panel, v + DP, R, dp)
+            put_states(panel, v + TOTAL, R, total)
+            put_states(panel, v + OLD, R, d_old)
+
+    return backward_step
+
+
+@cache
+def backward_reset(cell: Cell, V: int):
+    """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh."""
+    _, reset_backward = cell.reset
+    R, (NEW, _, SAVED, _, DAX, _, _, _, OLD, _) = backward_panel(cell, V)
+    take, take_kept, put = take_numbers(1), take_numbers(2), put_numbers(1)
+
+    @_loop(cell.name, V)
+    def backward_reset(panel, count):
+        for v in range(count):
+            da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + NEW, R)[0])
+            put(panel, v + DAX, R, (da,))
+            put(panel, v + OLD, R, (take(panel, v + OLD, R)[0] + dh,))
+
+    return backward_reset
