@@ -327,7 +327,7 @@ def test_float32_kernels_hold_no_float64(cell, kind):
     """These four take every branch of the factories: two states, peepholes, separate ax and ah, a reset first."""
     kernel, signature = compiled(cell, kind)
     typed = kernel.overloads[signature].type_annotation.typemap
-    assert types.float32 in typed.values()
+    assert any("float32" in str(kind) for kind in typed.values())
     assert [name for name, kind in typed.items() if "float64" in str(kind)] == []
     assert double_arithmetic(kernel.inspect_llvm(signature)) == []
 

@@ -14,7 +14,7 @@ inputs, dL/dx, the gradients of weights) are taken for a chunk of steps at a tim
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ def _shares(count, most, rank, parties):
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
 def _forward_work(cell: Cell, V: int, I: int, H: int, rows: int, B: int) -> tuple[int, ...]:
     """Regions of the work space: packed weights, biases, peepholes; ax of a chunk; for a reset W_hn and sums."""
     G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
@@ -168,6 +169,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         wait_for_all(counter, parties)
                 for k in range(last_count):
                     tile = _tile(last_tiles, k)
+                    if KEEP:
+                        bring(flat_saved, kept, K, of_saved, tile)
                     if RESET:
                         last_sums(
                             panel, SUM + (G - 1) * R, work, LAST_SUM, units * V,
@@ -278,6 +281,7 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
 # Backward -----------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
 def _backward_work(cell: Cell, V: int, I: int, H: int, rows: int, B: int) -> tuple[int, ...]:
     """Regions of the work space: packed weights; dax, dah, d_peephole of chunks; dL/dstate as it is carried back."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
@@ -522,11 +526,13 @@ def _parts(cell: Cell, weight_hh: Array) -> tuple[Array, Array]:
     return head, weight_hh[-H:]
 
 
-def _rooms(places: tuple[int, ...], parties: int, panels: int, B: int, H: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
+def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
     """Return where a kernel works: memory, the places in it, a panel and two lists of tiles for each thread."""
-    units = -(-H * dtype.itemsize // VECTOR_BYTES)
-    tables = empty((parties, 2, units * B, 4), np.dtype(np.int64))
-    return empty((places[-1],), dtype), places, empty((parties, panels), dtype), tables
+    lanes = VECTOR_BYTES // dtype.itemsize
+    first = -(-places[-1] // lanes) * lanes
+    memory, panel = empty((first + parties * -(-panel // lanes) * lanes,), dtype), -(-panel // lanes) * lanes
+    tables = np.empty((parties, 2, -(-H // lanes) * B, 4), np.int64)
+    return memory[:first], places, memory[first:].reshape(parties, panel), tables
 
 
 def forward(

@@ -145,32 +145,29 @@ def tile_product(group, dtype, V, region):
 
 # The cell -----------------------------------------------------------------------------------------------------------
 
-# Indices are unsigned, because what Numba does for negative ones would keep LLVM from seeing that regions lie apart.
-_index = np.uintp
+
+def _written(name, arguments, *lines):
+    """Return the compiled function of these lines of source: written out they compile faster than a recursion.
+
+    Indices are unsigned, because what Numba does for negative ones would keep LLVM from seeing that regions lie apart.
+    """
+    space = {"index": np.uintp}
+    exec("\n    ".join([f"def {name}({arguments}):", *lines]), space)
+    return scalar(space[name])
 
 
 @cache
 def take_numbers(count):
     """Build (a, first, stride) ↦ the numbers a[first], a[first + stride], … as a tuple of `count`."""
-    if count == 0:
-        return scalar(lambda a, first, stride: ())
-    rest, last = take_numbers(count - 1), count - 1
-    return scalar(lambda a, first, stride: (*rest(a, first, stride), a[_index(first + last * stride)]))
+    numbers = "".join(f"a[index(first + {k} * stride)], " for k in range(count))
+    return _written(f"take_{count}", "a, first, stride", f"return ({numbers})")
 
 
 @cache
 def put_numbers(count):
     """Build the inverse of `take_numbers(count)`, which stores `values` where that one reads."""
-    if count == 0:
-        return scalar(lambda a, first, stride, values: None)
-    rest, last = put_numbers(count - 1), count - 1
-
-    @scalar
-    def put(a, first, stride, values):
-        rest(a, first, stride, values)
-        a[_index(first + last * stride)] = values[last]
-
-    return put
+    lines = [f"a[index(first + {k} * stride)] = values[{k}]" for k in range(count)]
+    return _written(f"put_{count}", "a, first, stride, values", *lines, "return")
 
 
 def _loop(*key):

@@ -108,12 +108,11 @@ def _block(units, group, dtype, sizes):
 
 
 @cache
-def blocks(group, dtype, width=None):
-    """Build `block(width, …, rows)`, the tile of that size. Arguments as `tile`; sizes from `width_at` and `rows_at`."""
-    width = width or panel_units(group, one_row=True)
+def _widths(group, dtype, width):
+    """Build the choice among panels of `width` units and narrower ones."""
     sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= ACCUMULATORS)
     one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
-    narrower = blocks(group, dtype, width // 2) if width > 1 else None
+    narrower = _widths(group, dtype, width // 2) if width > 1 else None
 
     @part(width, group, dtype)
     def block(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
@@ -123,6 +122,20 @@ def blocks(group, dtype, width=None):
             narrower(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
 
     return block
+
+
+@cache
+def blocks(group, dtype):
+    """Build `block(width, …, rows)`, the tile of that size: one that `width_at` and `rows_at` give. Else as `tile`."""
+    block = _widths(group, dtype, panel_units(group, one_row=True))
+    number = np.int64  # a constant is a type of its own to Numba, which would compile all tiles anew for each
+
+    @part(group, dtype)
+    def blocks(width, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
+        strides = number(o_row), number(o_unit), number(o_gate), number(s_row), number(a_row), number(a_k)
+        block(width, out, *strides[:3], start, strides[3], a, *strides[4:], b, depth, rows)
+
+    return blocks
 
 
 @cache
@@ -154,7 +167,7 @@ def multiply(group, dtype):
 
 @cache
 def _copies(V):
-    """Build copies of a tile between `scratch` and rows of a matrix that end, after `lanes` numbers, within the tile."""
+    """Build copies of a tile between `scratch` and rows of a matrix that end within it, after `lanes` numbers."""
 
     @part(V)
     def copy_in(scratch, to, source, at, columns, width, rows, lanes):
@@ -245,7 +258,7 @@ def pack_columns(target, at, weight, gates, most, first, last):
         unit += width
 
 
-# Sums over rows, which hold G·H numbers in the order unit, gate, lane, without padding between them -----------------------------------------------------------------------------------------------------
+# Sums over rows -----------------------------------------------------------------------------------------------------
 
 
 def scratch_size(columns: int, lanes: int) -> int:
@@ -264,9 +277,9 @@ def strip_at(strip, H, V, gates):
 def add_transposed(dtype):
     """Build (out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch) ↦ out += aᵀ·b.
 
-    The sum is over `rows` rows of a, `stride` apart, and of b (columns,). A strip is up to V rows of out (G·H, columns),
-    which has the order of weights: gate, unit. Strips from strips[0] to strips[1] are added, those of gates from
-    which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
+    The sum is over `rows` rows of a, G·H numbers in the order unit, gate, lane, `stride` apart, and of b (columns,). A
+    strip is up to V rows of out (G·H, columns), which has the order of weights: gate, unit. Strips from strips[0] to
+    strips[1] are added, those of gates from which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
     """
     block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
     copy_in, copy_out = _copies(V)

@@ -28,7 +28,7 @@ Array = NDArray[Any]
 # Memory -------------------------------------------------------------------------------------------------------------
 
 #: Bytes below which memory is not worth keeping.
-_SMALL = 1 << 16
+_SMALL = 1 << 17
 
 #: Bytes of freed arrays that are kept for the next call: fresh pages cost more than the arithmetic on them.
 _KEPT = 1 << 30
@@ -41,6 +41,8 @@ _free: dict[int, list[NDArray[np.uint8]]] = {}
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Return what np.empty does, on a cache line; large arrays in memory that earlier ones have left."""
     size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return np.empty(shape, dtype)
     if size < _SMALL:
         memory = np.empty(size + _LINE, np.uint8)
         return np.ndarray(shape, dtype, memory, -memory.__array_interface__["data"][0] % _LINE)
@@ -206,7 +208,8 @@ _current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else N
 #: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
 
-_NO_MAIL = np.zeros(0, np.int64)
+#: The counter and the mails of a kernel that is alone, which looks at neither.
+_ALONE = np.zeros(0, np.int64)
 
 
 def _cores(parties: int) -> list[int]:
@@ -224,9 +227,8 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
 
     While those are at work for another caller it is alone.
     """
-    counter = np.zeros(1, np.int64)
     if parties == 1 or not _busy.acquire(blocking=False):
-        kernel(arguments, counter, _NO_MAIL, 1, False, 0)
+        kernel(arguments, _ALONE, _ALONE, 1, False, 0)
         return
     workers, mails = _workers(parties - 1)
     try:
@@ -237,7 +239,7 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
                 if worker.asleep:
                     worker.asleep = False
                     worker.bell.put(core)
-        kernel(arguments, counter, mails, parties, by_units, 0)
+        kernel(arguments, np.zeros(1, np.int64), mails, parties, by_units, 0)
     finally:
         for worker in workers:
             worker.expected = False
