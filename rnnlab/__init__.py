@@ -4,6 +4,7 @@ from .cells import CELLS
 from .gradients import Decay, GradientFlow, gradient_flow
 from .model import LossGradients, SequenceModel
 from .rnn import GRU, LSTM, RNN, Gradients, Recurrent, Trace
+from .training import StepResult, TrainingStep
 
 __all__ = [
     "CELLS",
@@ -16,6 +17,8 @@ __all__ = [
     "LossGradients",
     "Recurrent",
     "SequenceModel",
+    "StepResult",
     "Trace",
+    "TrainingStep",
     "gradient_flow",
 ]

@@ -159,7 +159,7 @@ def gradient_flow(
     trace = net.forward(x, state, lengths)
     features, scored = model.features(trace, every), model.scored(trace, every)
     logits = model.read(features)
-    d_logits = model.slopes(logits, model.check_targets(targets, scored), scored)
+    _, d_logits = model.score(logits, model.check_targets(targets, scored), scored)
     d_output = model.spread(d_logits @ model.readout["weight"], trace, every)
     layers, dx, dx_exponent = net.backpropagate(trace, d_output, scaled=True)
     single, direct_dx, direct_dx_exponent = net.direct(trace, layers)

@@ -1,93 +1,23 @@
 """A recurrent network with a readout and a loss, in the five arrangements of inputs and outputs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, log_softmax, softmax
 
 from .checks import check_array, check_choice, check_flag, check_lengths, check_positive, generator
+from .losses import LOSSES, Loss
 from .params import Params
-from .rnn import Gradients, Recurrent, State, Trace
+from .rnn import Checkpoints, Gradients, Recurrent, State, Trace
 
-__all__ = ["LOSSES", "TOPOLOGIES", "Loss", "LossGradients", "SequenceModel"]
+__all__ = ["TOPOLOGIES", "LossGradients", "SequenceModel"]
 
 Array = NDArray[Any]
 
 #: Arrangements of inputs and outputs (Karpathy 2015; Goodfellow, Bengio & Courville 2016, ch. 10).
 TOPOLOGIES = ("one_to_one", "one_to_many", "many_to_one", "many_to_many", "encoder_decoder")
-
-
-class Loss(NamedTuple):
-    """A loss with the output function g that belongs to it; O outputs are the last axis.
-
-    activation: logits → outputs; activation_backward: (logits, dL/doutputs) → dL/dlogits; value: (logits, targets) →
-    loss of each prediction; slope: (logits, targets) → its derivative by the logits. None cancels in its tails.
-    """
-
-    activation: Callable[[Array], Array]
-    activation_backward: Callable[[Array, Array], Array]
-    value: Callable[[Array, Array], Array]
-    slope: Callable[[Array, Array], Array]
-
-
-def _one_hot(targets: Array, size: int, dtype: np.dtype[Any]) -> Array:
-    return np.eye(size, dtype=dtype)[targets]
-
-
-def _cross_entropy(logits: Array, targets: Array) -> Array:
-    log_probabilities: Array = log_softmax(logits, axis=-1)
-    picked: Array = -np.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
-    return picked
-
-
-def _softmax(logits: Array) -> Array:
-    probabilities: Array = softmax(logits, axis=-1)
-    return probabilities
-
-
-def _sigmoid(logits: Array) -> Array:
-    probabilities: Array = expit(logits)
-    return probabilities
-
-
-def _cross_entropy_slope(logits: Array, targets: Array) -> Array:
-    """Softmax less one at the target, there as minus the sum of the others."""
-    slope, at = _softmax(logits), targets[..., None]
-    np.put_along_axis(slope, at, 0, axis=-1)
-    np.put_along_axis(slope, at, -slope.sum(axis=-1, keepdims=True), axis=-1)
-    return slope
-
-
-def _softmax_backward(logits: Array, d_outputs: Array) -> Array:
-    p = _softmax(logits)
-    d_logits: Array = p * (d_outputs - (p * d_outputs).sum(axis=-1, keepdims=True))
-    return d_logits
-
-
-#: Losses by name; mse and bce are means over the O outputs, as PyTorch's.
-LOSSES: dict[str, Loss] = {
-    "cross_entropy": Loss(
-        _softmax,
-        _softmax_backward,
-        _cross_entropy,
-        _cross_entropy_slope,
-    ),
-    "mse": Loss(
-        lambda y: y,
-        lambda y, dy: dy,
-        lambda y, targets: np.square(y - targets).mean(axis=-1),
-        lambda y, targets: (y - targets) * y.dtype.type(2 / y.shape[-1]),
-    ),
-    "bce": Loss(
-        _sigmoid,
-        lambda y, dp: _sigmoid(y) * _sigmoid(-y) * dp,
-        lambda y, targets: (targets * np.logaddexp(0, -y) + (1 - targets) * np.logaddexp(0, y)).mean(axis=-1),
-        lambda y, targets: ((1 - targets) * _sigmoid(y) - targets * _sigmoid(-y)) / y.dtype.type(y.shape[-1]),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -224,50 +154,49 @@ class SequenceModel:
         Raises as `Recurrent.forward` and `Recurrent.checkpoint`, and ValueError for targets that do not fit, and for
         checkpoints of a generating topology or with dropout.
         """
-        if checkpoint is not None:
-            if self.generates or (training and self.rnn.dropout):
-                raise ValueError(f"checkpoint needs inputs that are given and no dropout, got topology {self.topology}")
-            return self._checkpointed_gradients(x, targets, lengths, state, checkpoint)
+        if checkpoint is not None and (self.generates or (training and self.rnn.dropout)):
+            raise ValueError(f"checkpoint needs inputs that are given and no dropout, got topology {self.topology}")
         if self.generates:
             return self._generating_gradients(x, targets, lengths, target_lengths, state, training)
         if target_lengths is not None:
             raise ValueError(f"target_lengths belongs to one_to_many and encoder_decoder, got it for {self.topology}")
-        trace = self.rnn.forward(x, state, lengths, training=training)
         every = self.topology == "many_to_many"
-        features, scored = self.features(trace, every), self.scored(trace, every)
-        logits = self.read(features)
-        loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
-        gradients = self.rnn.gradients(trace, self.spread(d_logits @ self.readout["weight"], trace, every))
-        params = self.params.like()
-        self._put(params, "rnn", gradients.params)
-        self._put_readout(params, features, d_logits)
-        outputs = self.loss.activation(logits)
-        return LossGradients(loss, outputs, params, gradients.x, {"rnn": gradients}, trace.final)
-
-    def _checkpointed_gradients(
-        self, x: Array, targets: Array, lengths: Any, state: State | None, checkpoint: int | Literal["sqrt"]
-    ) -> LossGradients:
-        every = self.topology == "many_to_many"
-        kept = self.rnn.checkpoint(x, state, lengths, every=checkpoint, outputs=every)
-        if self.topology == "one_to_one" and x.shape[0] != 1:
-            raise ValueError(f"x must have one step for topology one_to_one, got {x.shape[0]}")
-        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
-        features = h[-1] if kept.output is None else kept.output
-        scored = np.arange(x.shape[0])[:, None] < kept.lengths if every else np.ones(x.shape[1], np.bool_)
+        run: Trace | Checkpoints
+        if checkpoint is None:
+            run = self.rnn.forward(x, state, lengths, training=training)
+            features = self.features(run, every)
+        else:
+            run = self.rnn.checkpoint(x, state, lengths, every=checkpoint, outputs=every)
+            features = self._kept_features(run)
+        scored = np.arange(len(x))[:, None] < run.lengths if every else np.ones(len(run.lengths), np.bool_)
         logits = self.read(features)
         loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
         d_features = d_logits @ self.readout["weight"]
-        if every:
-            gradients = self.rnn.recompute(kept, d_features)
+        if isinstance(run, Trace):
+            gradients = self.rnn.gradients(run, self.spread(d_features, run, every))
         else:
-            d_h = np.zeros_like(h)
-            d_h[-1] = d_features
-            d_final = d_h if isinstance(kept.final, np.ndarray) else (d_h, np.zeros_like(h))
-            gradients = self.rnn.recompute(kept, None, d_final)
+            gradients = self._recomputed(run, d_features)
         params = self.params.like()
         self._put(params, "rnn", gradients.params)
         self._put_readout(params, features, d_logits)
-        return LossGradients(loss, self.loss.activation(logits), params, gradients.x, {}, kept.final)
+        recurrent = {"rnn": gradients} if checkpoint is None else {}
+        return LossGradients(loss, self.loss.activation(logits), params, gradients.x, recurrent, run.final)
+
+    def _kept_features(self, kept: Checkpoints) -> Array:
+        """Return `features` of checkpoints."""
+        if self.topology == "one_to_one" and len(kept.x) != 1:
+            raise ValueError(f"x must have one step for topology one_to_one, got {len(kept.x)}")
+        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
+        return h[-1] if kept.output is None else kept.output
+
+    def _recomputed(self, kept: Checkpoints, d_features: Array) -> Gradients:
+        """Return the gradients of checkpoints, given those of `_kept_features`."""
+        if kept.output is not None:
+            return self.rnn.recompute(kept, d_features)
+        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
+        d_h = np.zeros_like(h)
+        d_h[-1] = d_features
+        return self.rnn.recompute(kept, None, d_h if h is kept.final else (d_h, np.zeros_like(h)))
 
     def truncated(self, x: Array, targets: Array, window: int, state: State | None = None) -> Iterator[LossGradients]:
         """Truncated BPTT: return the loss and gradients of one window of steps after the other.
@@ -341,15 +270,16 @@ class SequenceModel:
             raise ValueError(f"targets must lie in [0, 1] for bce, got {targets.min()}…{targets.max()}")
         return targets
 
-    def slopes(self, logits: Array, targets: Array, scored: NDArray[np.bool_]) -> Array:
-        """Return the derivative of the sum of all scored losses by the logits."""
-        return self.loss.slope(logits, targets) * scored[..., None]
+    def score(self, logits: Array, targets: Array, scored: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Return the loss of each prediction, 0 of those not scored, and the derivative of their sum by the logits."""
+        values, slopes = self.loss.score(logits, targets)
+        return np.where(scored, values, values.dtype.type(0)), slopes * scored[..., None]
 
     def _mean(self, logits: Array, targets: Array, scored: NDArray[np.bool_]) -> tuple[float, Array]:
         """Return the mean of all scored losses and its derivative by the logits."""
         count = logits.dtype.type(scored.sum())
-        loss = float(np.where(scored, self.loss.value(logits, targets), 0).sum() / count)
-        return loss, self.slopes(logits, targets, scored) / count
+        values, slopes = self.score(logits, targets, scored)
+        return float(values.sum() / count), slopes / count
 
     def _put_readout(self, params: Params, features: Array, d_logits: Array) -> None:
         flat = d_logits.reshape(-1, self.output_size)
@@ -408,7 +338,7 @@ class SequenceModel:
         if self.teacher_forcing:
             fed = targets[:-1]
             if self.loss_name == "cross_entropy":
-                fed = _one_hot(fed, self.output_size, self.rnn.dtype)
+                fed = np.eye(self.output_size, dtype=self.rnn.dtype)[fed]
             run = [network.forward(np.concatenate([source, fed]), carried, training=training)]
         else:
             run = self._generate(network, source, carried, steps, training=training)

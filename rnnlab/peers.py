@@ -21,6 +21,7 @@ from .costs import Shape
 from .kernels import DeviceNotAvailable
 from .model import SequenceModel
 from .rnn import Recurrent
+from .training import TrainingStep
 
 __all__ = ["DTYPES", "PEERS", "SCOPES", "NotApplicable", "Peer", "Problem", "Run", "tolerance", "worst_error"]
 
@@ -143,10 +144,10 @@ def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
     if problem.scope == "step":
         model = problem.model(dtype)
 
+        take = TrainingStep(model, *x.shape[:2], learning_rate=LEARNING_RATE, clip_norm=THRESHOLD)
+
         def step() -> None:
-            gradient = model.loss_and_gradients(x, labels).params.flat
-            norm = np.linalg.norm(gradient)
-            model.params.flat[...] -= (LEARNING_RATE * min(1.0, THRESHOLD / float(norm))) * gradient
+            take(x, labels)
             if not kept:
                 kept.append({name: array.copy() for name, array in model.params.items()})
 

@@ -174,11 +174,14 @@ class Recurrent:
 
         Raises TypeError for another dtype; ValueError for another shape, an empty sequence or numbers not finite.
         """
-        past = None if lengths is None else lambda x: _past_end(lengths, x)
+        return self._run(*self._check_inputs(x, state, lengths), training, keep)
+
+    def _check_inputs(self, x: Array, state: State | None, lengths: Any) -> tuple[Array, Array, NDArray[np.int64]]:
+        """Return x, 0 past the end of sequences, the stacked state and lengths (B,); raise as `forward` says."""
+        past = None if lengths is None else lambda x: past_end(lengths, x)
         x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
         steps = check_lengths("lengths", lengths, x.shape[1], x.shape[0])
-        initial = self._stack_state("state", state, x.shape[1])
-        return self._run(x, initial, steps, training, keep)
+        return x, self._stack_state("state", state, x.shape[1]), steps
 
     def _run(self, x: Array, initial: Array, steps: NDArray[np.int64], training: bool, keep: bool) -> Trace:
         """Do what `forward` does from a stacked state (S, L·D, B, H), unchecked; a sequence may be empty here."""
@@ -198,7 +201,7 @@ class Recurrent:
             for direction in range(self.directions):
                 k = layer * self.directions + direction
                 source = _reverse(output, steps) if direction else output
-                weights = self._weights(k)
+                weights = self.weights(k)
                 trace = backend("cpu").forward(self.cell, source, weights, initial[:, k], steps, keep)
                 layers.append(trace)
                 h = trace.state[0, 1:]
@@ -219,14 +222,14 @@ class Recurrent:
         """
         self._check_trace(trace)
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
-        past = (lambda d: _past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
+        past = (lambda d: past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
         d_output = check_array("d_output", d_output, shape, self.dtype, past=past)
         return self.gradients(trace, d_output, d_final)
 
     def gradients(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
         """Do what `backward` does for a trace and a `d_output` of its own, unchecked: a diverged network has NaN."""
         gradients = self.params.like()
-        into = [self._weights(k, gradients) for k in range(len(self._names))]
+        into = [self.weights(k, gradients) for k in range(len(self._names))]
         layers, dx, _ = self.backpropagate(trace, d_output, d_final, into=into)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
         initial = self._unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
@@ -261,7 +264,7 @@ class Recurrent:
                     upstream = _reverse(upstream, trace.lengths)
                     upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
                 received = upstream, d_last[:, k], upstream_exponent, into[k] if into else None
-                pair.append(backend("cpu").backward(self.cell, trace.layers[k], self._weights(k), *received))
+                pair.append(backend("cpu").backward(self.cell, trace.layers[k], self.weights(k), *received))
             gradients[:0] = pair
             d_output, exponent = _sum_directions(pair, trace.lengths)
             mask = trace.masks[layer]
@@ -287,17 +290,12 @@ class Recurrent:
         """
         if self.bidirectional:
             raise ValueError("checkpoint needs states that are carried forward, got a bidirectional network")
-        past = None if lengths is None else lambda x: _past_end(lengths, x)
-        x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
+        x, initial, steps = self._check_inputs(x, state, lengths)
         T, B, _ = x.shape
-        steps = check_lengths("lengths", lengths, B, T)
         wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_positive("every", every)
         chunk = backend("cpu").chunk_steps(B)
         stride = -(-wanted // chunk) * chunk
-        states, output = (
-            [self._stack_state("state", state, B)],
-            np.empty((T if outputs else 0, B, self.hidden_size), x.dtype),
-        )
+        states, output = [initial], np.empty((T if outputs else 0, B, self.hidden_size), x.dtype)
         for start in range(0, T, stride):
             part = slice(start, start + stride)
             trace = self._run(x[part], states[-1], _remaining(steps, start, x[part]), False, False)
@@ -318,7 +316,7 @@ class Recurrent:
         if d_output is not None:
             d_output = check_array("d_output", d_output, (T, B, self.hidden_size), self.dtype)
         gradients, dx = self.params.like(), np.empty_like(x)
-        into = [self._weights(k, gradients) for k in range(len(self._names))]
+        into = [self.weights(k, gradients) for k in range(len(self._names))]
         d_state = self._unstack_state(self._stack_state("d_final", d_final, B))
         for start, state in reversed(list(zip(range(0, T, stride), checkpoints.states, strict=False))):
             part = slice(start, start + stride)
@@ -341,7 +339,7 @@ class Recurrent:
         T, B, _ = trace.output.shape
         single = []
         for k, layer in enumerate(layers):
-            one = backend("cpu").direct(self.cell, trace.layers[k], self._weights(k), layer.direct)
+            one = backend("cpu").direct(self.cell, trace.layers[k], self.weights(k), layer.direct)
             assert layer.direct_exponent is not None
             single.append(one._replace(exponent=one.exponent + layer.direct_exponent.reshape(-1)))
         # Slot 0 of the exponents is not read: dL/dx of step t has that of slot t + 1.
@@ -363,7 +361,7 @@ class Recurrent:
         T = trace.output.shape[0]
         if not all(isinstance(i, int) and 0 <= i < n for i, n in ((t, T), (k, len(trace.layers)))):
             raise ValueError(f"t must lie in 0…{T - 1} and k in 0…{len(trace.layers) - 1}, got t={t}, k={k}")
-        jacobian: Array = backend("cpu").jacobian(self.cell, trace.layers[k], self._weights(k), t)
+        jacobian: Array = backend("cpu").jacobian(self.cell, trace.layers[k], self.weights(k), t)
         return jacobian
 
     def _check_trace(self, trace: Trace) -> None:
@@ -376,7 +374,7 @@ class Recurrent:
         if not trace.kept:
             raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
 
-    def _weights(self, k: int, params: Params | None = None) -> LayerWeights:
+    def weights(self, k: int, params: Params | None = None) -> LayerWeights:
         """Return the weights of layer-direction k in `params` (the network's own where None); absent ones are zeros."""
         params = self.params if params is None else params
         weights = [params[full] for full in self._names[k].values()]
@@ -415,7 +413,7 @@ def _reverse(values: Array, lengths: NDArray[np.int64]) -> Array:
     return values[index, np.arange(values.shape[1])]
 
 
-def _past_end(lengths: Any, values: Array) -> NDArray[np.bool_]:
+def past_end(lengths: Any, values: Array) -> NDArray[np.bool_]:
     """Return (T, B, 1): where `values` (T, B, …) lies past the end of its sequence."""
     steps = check_lengths("lengths", lengths, values.shape[1], values.shape[0])
     past: NDArray[np.bool_] = (np.arange(values.shape[0])[:, None] >= steps)[:, :, None]

@@ -98,9 +98,14 @@ def test_gates_of_a_unit_are_packed_side_by_side(dtype, group, one_row):
             weight = normal(dtype, group * H, depth)
             _, want = panels(in_lanes(weight.T, group, dtype), most)
             target, U = Guarded(want.shape, dtype), units_of(H, dtype)
-            products.pack_gates(target.array, 0, weight, group, most, 0, U)
+            products.pack_gates(target.array, 0, weight, group, group, most, 0, U)
             np.testing.assert_array_equal(target.array, want)
             assert target.intact
+            weight[-H:] = 0  # as if it were not kept
+            _, want = panels(in_lanes(weight.T, group, dtype), most)
+            weight[-H:] = np.nan
+            products.pack_gates(target.array, 0, weight, group, group - 1, most, 0, U)
+            np.testing.assert_array_equal(target.array, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,9 +119,14 @@ def test_columns_are_packed_in_the_order_of_units(dtype, gates, one_row):
             rows = in_rows(weight.T, gates, dtype).T
             _, want = panels(in_lanes(rows, 1, dtype), most)
             target = Guarded(want.shape, dtype)
-            products.pack_columns(target.array, 0, weight, gates, most, 0, units_of(columns, dtype))
+            products.pack_columns(target.array, 0, weight, gates, gates, most, 0, units_of(columns, dtype))
             np.testing.assert_array_equal(target.array, want)
             assert target.intact
+            weight[-H:] = 0  # as if it were not kept
+            _, want = panels(in_lanes(in_rows(weight.T, gates, dtype).T, 1, dtype), most)
+            weight[-H:] = np.nan
+            products.pack_columns(target.array, 0, weight, gates, gates - 1, most, 0, units_of(columns, dtype))
+            np.testing.assert_array_equal(target.array, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,14 +143,14 @@ def test_parts_of_a_packing_are_shared_out_without_overlap(dtype, parties):
             (products.pack_columns, columns, products.panel_units(1, one_row), len(columns) * V),
         ):
             whole = np.full(shift + U * numbers, np.nan, dtype)
-            pack(whole, shift, source, group, most, 0, U)
+            pack(whole, shift, source, group, group, most, 0, U)
             assert np.isnan(whole[:shift]).all()
             parts, ends = np.full_like(whole, np.nan), []
             for rank in range(parties):
                 first, last = (products.share(U, most, r, parties) for r in (rank, rank + 1))
                 ends += [first, last]
                 one = np.full_like(whole, np.nan)
-                pack(one, shift, source, group, most, first, last)
+                pack(one, shift, source, group, group, most, first, last)
                 mine = slice(shift + first * numbers, shift + last * numbers)
                 parts[mine] = one[mine]
                 one[mine] = np.nan

@@ -202,7 +202,7 @@ def test_two_jobs_give_the_bytes_of_one_in_processes_with_fewer_threads(tmp_path
         log.mkdir()
         flags = ("--out", f"jobs{jobs}", "--jobs", jobs)
         words, settings = command(
-            tmp_path, *flags, seconds=0.1, environment={"LOG": str(log), "NUMBA_NUM_THREADS": "4"}
+            tmp_path, *flags, seconds=0.5, environment={"LOG": str(log), "NUMBA_NUM_THREADS": "4"}
         )
         subprocess.run(words, check=True, capture_output=True, **settings)
     assert (tmp_path / "jobs2" / "results.csv").read_bytes() == (tmp_path / "jobs1" / "results.csv").read_bytes()

@@ -15,7 +15,7 @@ inputs, dL/dx, the gradients of weights) are taken for a chunk of steps at a tim
 
 import math
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
+from .calls import job
 from .compiling import cached
 from .panels import (
     backward_panel,
@@ -52,7 +53,7 @@ from .products import (
     scratch_size,
     share,
 )
-from .simd import VECTOR_BYTES, address, job
+from .simd import VECTOR_BYTES, address
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
 
 __all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
@@ -89,6 +90,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     V = VECTOR_BYTES // dtype.itemsize
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
     JOINT, RESET, KEEP, LAST_G = cell.joint, cell.reset is not None, keep, 1 if cell.reset else G
+    HEAD = G - 1 if cell.reset else G  # the last gate's product with W_hh comes second
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(LAST_G, one_row=True), panel_units(LAST_G)
     all_steps, gate_sums, last_sums = (
@@ -105,7 +107,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            x, weight_ih, weight_hh, weight_last, bias_ih, bias_hh, peephole, lengths, state, saved, reset_h,
+            x, weight_ih, weight_hh, bias_ih, bias_hh, peephole, lengths, state, saved, reset_h,
             work, places, panels, tables, chunk,
         ) = arguments  # fmt: skip
         PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, PACKED_LAST, SUMS, LAST_SUM, _ = places
@@ -118,12 +120,12 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         of_peepholes, of_units = (units * V, 0, V), (0, units * V, V)
 
         u0, u1 = _shares(units, most, rank, parties)
-        pack_gates(work, PACKED_HH, weight_hh, G, most, u0, u1)
+        pack_gates(work, PACKED_HH, weight_hh, G, HEAD, most, u0, u1)
         v0, v1 = _shares(units, MANY, rank, parties)
-        pack_gates(work, PACKED_IH, weight_ih, G, MANY, v0, v1)
+        pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, v0, v1)
         w0, w1 = _shares(units, most_last, rank, parties)
         if RESET:
-            pack_gates(work, PACKED_LAST, weight_last, 1, most_last, w0, w1)
+            pack_gates(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most_last, w0, w1)
         if rank == 0:
             _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
             _pack_peepholes(work, PEEPHOLES, peephole, H)
@@ -298,7 +300,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
+    JOINT, RESET, SCALED, HEAD = cell.joint, cell.reset is not None, scaled, G - 1 if cell.reset else G
     SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
     through_weights, many_rows, dx_rows = tile_product(1, dtype, V, R), multiply(1, dtype), multiply_columns(dtype)
     add_product, store_da = add_transposed(dtype), store_gates(V)
@@ -314,7 +316,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         """
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            x, d_output, d_output_exponent, weight_ih, weight_hh, weight_last, peephole, lengths, state, saved, reset_h,
+            x, d_output, d_output_exponent, weight_ih, weight_hh, peephole, lengths, state, saved, reset_h,
             d_state, exponent, dx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole,
             work, places, panels, tables, chunk,
         ) = arguments  # fmt: skip
@@ -331,11 +333,11 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         of_peepholes, nowhere = (units * V, 0, V), (0, 0, 0)
 
         u0, u1 = _shares(units, most, rank, parties)
-        pack_columns(work, PACKED_HH, weight_hh, G, most, u0, u1)
+        pack_columns(work, PACKED_HH, weight_hh, G, HEAD, most, u0, u1)
         i0, i1 = _shares(inputs, MANY, rank, parties)
-        pack_columns(work, PACKED_IH, weight_ih, G, MANY, i0, i1)
+        pack_columns(work, PACKED_IH, weight_ih, G, G, MANY, i0, i1)
         if RESET:
-            pack_columns(work, PACKED_LAST, weight_last, 1, most, u0, u1)
+            pack_columns(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most, u0, u1)
         if rank == 0:
             work[ZERO : ZERO + (units + inputs) * V] = 0
             _pack_peepholes(work, PEEPHOLES, peephole, H)
@@ -439,14 +441,14 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 address(work, PACKED_IH), depth, rows * (rank + 1) // parties - r0, panel,
             )  # fmt: skip
             if not SCALED:
-                begin_x, begin_h, head = t0 * B * I, t0 * B * H, G - 1 if RESET else G
+                begin_x, begin_h = t0 * B * I, t0 * B * H
                 add_sums(d_bias_ih, work, dax, row, G, rows, strips, panel)
                 add_product(d_weight_ih, work, dax, row, G, (0, G), flat_x, begin_x, I, rows, strips, panel)
                 if not JOINT:
                     add_sums(d_bias_hh, work, dah, row, G, rows, strips, panel)
-                add_product(d_weight_hh, work, dah, row, G, (0, head), flat_state, begin_h, H, rows, strips, panel)
+                add_product(d_weight_hh, work, dah, row, G, (0, HEAD), flat_state, begin_h, H, rows, strips, panel)
                 if RESET:
-                    add_product(d_weight_hh, work, dah, row, G, (head, G), flat_reset, begin_h, H, rows, strips, panel)
+                    add_product(d_weight_hh, work, dah, row, G, (HEAD, G), flat_reset, begin_h, H, rows, strips, panel)
                 if P and rank == 0:
                     add_sums(d_peephole, work, dp, P * units * V, P, rows, (0, units * P), panel)
 
@@ -459,6 +461,8 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             load(panel, NEW + R, R, work, CARRY + B * units * V, S - 1, of_carry, tile, H)
             store_rows(panel, NEW, R, flat_d, 0, S, of_state, tile, H)
         wait_until_done(mails, parties, rank)
+        if JOINT and rank == 0 and not SCALED:
+            d_bias_hh[:] = d_bias_ih
 
     return backward
 
@@ -516,16 +520,6 @@ def chunk_steps(B: int) -> int:
     return max(1, _CHUNK // B)
 
 
-def _parts(cell: Cell, weight_hh: Array) -> tuple[Array, Array]:
-    """Return W_hh as the first product of a step takes it, and W_hn of a cell that resets h before that product."""
-    if not cell.reset:
-        return weight_hh, weight_hh[:0]
-    H = weight_hh.shape[1]
-    head = weight_hh.copy()
-    head[-H:] = 0
-    return head, weight_hh[-H:]
-
-
 def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
     """Return where a kernel works: memory, the places in it, a panel and two lists of tiles for each thread."""
     lanes = VECTOR_BYTES // dtype.itemsize
@@ -533,6 +527,15 @@ def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dt
     memory, panel = empty((first + parties * -(-panel // lanes) * lanes,), dtype), -(-panel // lanes) * lanes
     tables = np.empty((parties, 2, -(-H // lanes) * B, 4), np.int64)
     return memory[:first], places, memory[first:].reshape(parties, panel), tables
+
+
+class Call(NamedTuple):
+    """A kernel with all that it takes, for `run_together`; what it computes goes into arrays among the arguments."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    parties: int
+    by_units: bool
 
 
 def forward(
@@ -543,6 +546,15 @@ def forward(
     With keep=False only the states are kept, which is all that inference needs. Arrays are C-contiguous, of one dtype
     and checked by the caller.
     """
+    call, trace = prepare_forward(cell, x, weights, state, lengths, keep)
+    run_together(*call)
+    return trace
+
+
+def prepare_forward(
+    cell: Cell, x: Array, weights: LayerWeights, state: Array, lengths: NDArray[np.int64], keep: bool
+) -> tuple[Call, LayerTrace]:
+    """Return what `forward` runs, and the trace that it fills; from then on state is slot 0 of the trace's."""
     (T, B, I), H, S, dtype = x.shape, weights.weight_hh.shape[1], len(cell.states), x.dtype
     V = VECTOR_BYTES // dtype.itemsize
     states = empty((S, T + 1, B, H), dtype)
@@ -553,11 +565,11 @@ def forward(
     places = _forward_work(cell, V, I, H, chunk * B, B)
     parties, by_units = plan(cell, T, B, I, H, dtype)
     arguments = (
-        x, weights.weight_ih, *_parts(cell, weights.weight_hh), weights.bias_ih, weights.bias_hh, weights.peephole,
-        lengths, states, saved, reset_h, *_rooms(places, parties, forward_panel(cell, V)[1][-1], B, H, dtype), chunk,
+        x, *weights, lengths, states, saved, reset_h,
+        *_rooms(places, parties, forward_panel(cell, V)[1][-1], B, H, dtype), chunk,
     )  # fmt: skip
-    run_together(_forward_kernel(cell, dtype, keep), arguments, parties, by_units)
-    return LayerTrace(cell.name, x, states, saved, reset_h, lengths)
+    call = Call(_forward_kernel(cell, dtype, keep), arguments, parties, by_units)
+    return call, LayerTrace(cell.name, x, states, saved, reset_h, lengths)
 
 
 def backward(
@@ -575,6 +587,21 @@ def backward(
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
     dL/d weights is added to `into`, if that is given.
     """
+    call, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, into)
+    run_together(*call)
+    return gradients
+
+
+def prepare_backward(
+    cell: Cell,
+    trace: LayerTrace,
+    weights: LayerWeights,
+    d_output: Array,
+    d_final: Array,
+    d_output_exponent: NDArray[np.int64] | None,
+    into: LayerWeights | None,
+) -> tuple[Call, LayerGradients]:
+    """Return what `backward` runs, and the gradients that it fills; from then on d_final is slot T of their state."""
     (T, B, H), I, S, dtype = d_output.shape, trace.x.shape[2], len(cell.states), d_output.dtype
     V, scaled = VECTOR_BYTES // dtype.itemsize, d_output_exponent is not None
     d_state, dx = empty((S, T + 1, B, H), dtype), empty((T, B, I), dtype)
@@ -587,16 +614,14 @@ def backward(
     parties, by_units = plan(cell, T, B, I, H, dtype, scaled)
     panels = max(backward_panel(cell, V)[1][-1], scratch_size(max(I, H), V))
     arguments = (
-        trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih,
-        *_parts(cell, weights.weight_hh), weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h,
-        d_state, exponent, dx, *into, *_rooms(places, parties, panels, B, H, dtype), chunk,
+        trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih, weights.weight_hh,
+        weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h, d_state, exponent, dx, *into,
+        *_rooms(places, parties, panels, B, H, dtype), chunk,
     )  # fmt: skip
-    run_together(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
+    call = Call(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
     if scaled:
-        return LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
-    if cell.joint:
-        into.bias_hh[...] = into.bias_ih
-    return LayerGradients(into, dx, d_state, d_output, None, None)
+        return call, LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
+    return call, LayerGradients(into, dx, d_state, d_output, None, None)
 
 
 def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:

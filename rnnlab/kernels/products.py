@@ -216,8 +216,11 @@ _SPREAD = 64
 
 
 @njit
-def pack_gates(target, at, weight, gates, most, first, last):
-    """Pack units first…last of the transpose of `weight` (G·H, K) into panels that hold all gates of a unit."""
+def pack_gates(target, at, weight, gates, kept, most, first, last):
+    """Pack units first…last of the transpose of `weight` (G·H, K) into panels that hold all gates of a unit.
+
+    Gates from the one numbered `kept` on count as zero.
+    """
     V, H, K = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
     source, units = weight.reshape(-1), (H + V - 1) // V
     unit = first
@@ -225,8 +228,8 @@ def pack_gates(target, at, weight, gates, most, first, last):
         width = width_at(unit, units, most)
         stride = width * gates * V
         for j in range(width):
-            valid = min(V, H - (unit + j) * V)
             for g in range(gates):
+                valid = min(V, H - (unit + j) * V) if g < kept else 0
                 for k0 in range(0, K, _SPREAD):
                     to, row = at + unit * gates * V * K + k0 * stride + (j * gates + g) * V, g * H + (unit + j) * V
                     for v in range(valid):
@@ -239,8 +242,11 @@ def pack_gates(target, at, weight, gates, most, first, last):
 
 
 @njit
-def pack_columns(target, at, weight, gates, most, first, last):
-    """Pack units first…last of the columns of `weight` (G·H, columns), its rows in the order unit, gate, lane."""
+def pack_columns(target, at, weight, gates, kept, most, first, last):
+    """Pack units first…last of the columns of `weight` (G·H, columns), its rows in the order unit, gate, lane.
+
+    Gates from the one numbered `kept` on count as zero.
+    """
     V, H, columns = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
     source, units = weight.reshape(-1), (columns + V - 1) // V
     unit = first
@@ -250,7 +256,7 @@ def pack_columns(target, at, weight, gates, most, first, last):
             for g in range(gates):
                 for row in range(g * H + p, g * H + min(p + V, H)):
                     for j in range(width):
-                        valid = min(V, columns - (unit + j) * V)
+                        valid = min(V, columns - (unit + j) * V) if g < kept else 0
                         if valid < V:
                             target[to : to + V] = 0
                         move(target, to, source, row * columns + (unit + j) * V, valid)

@@ -1,4 +1,4 @@
-"""Vector registers of the host: width, moves, multiply-adds; and atomic tickets (the only LLVM IR of the project).
+"""Vector registers of the host: width, moves, multiply-adds (with `calls.py` the only LLVM IR of the project).
 
 A register tile of 6 rows × 4 vectors reaches 95 % of the FMA peak of `timing.peak_flops` from 50 multiply-adds deep.
 """
@@ -11,8 +11,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "draw_ticket", "move", "prefetch", "run_chains"]
-__all__ += ["tickets_drawn", "tile"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move", "prefetch", "run_chains", "tile"]
 
 
 #: LLVM's name of this CPU.
@@ -218,65 +217,3 @@ def _fma_chains(typing_context, x, count):
 def run_chains(x, count):
     """Return a number that took CHAINS·V·count fused multiply-adds in registers: the measure of a core's peak."""
     return _fma_chains(x, count)
-
-
-# Threads ------------------------------------------------------------------------------------------------------------
-
-
-def _counter(builder, values):
-    return builder.inttoptr(values[0], values[0].type.as_pointer())
-
-
-@intrinsic
-def draw_ticket(typing_context, counter):
-    """Add 1 to the int64 at an address and return it, atomically; see `tickets_drawn`."""
-
-    def generate(context, builder, signature, values):
-        one = ir.Constant(values[0].type, 1)
-        return builder.add(builder.atomic_rmw("add", _counter(builder, values), one, "acq_rel"), one)
-
-    return types.int64(types.intp), generate
-
-
-@intrinsic
-def tickets_drawn(typing_context, counter):
-    """Return the int64 at an address; what other threads wrote before they drew their tickets is visible from then."""
-
-    def generate(context, builder, signature, values):
-        return builder.load_atomic(_counter(builder, values), "acquire", 8)
-
-    return types.int64(types.intp), generate
-
-
-@intrinsic
-def job(typing_context, arguments):
-    """Return (code, frame): with them any thread can `invoke` the calling function while it runs.
-
-    `arguments` are those of the calling function but for the last, a rank. It must not raise: it has no caller there.
-    """
-
-    def generate(context, builder, signature, values):
-        frame, number = cgutils.alloca_once_value(builder, values[0]), context.get_value_type(types.intp)
-        kind = ir.FunctionType(ir.VoidType(), [number, number])
-        code = ir.Function(builder.module, kind, f"{builder.function.name}.job")
-        code.linkage = "internal"
-        inner = ir.IRBuilder(code.append_basic_block())
-        given = cgutils.unpack_tuple(inner, inner.load(inner.inttoptr(code.args[0], frame.type)))
-        kinds = [*arguments.types, types.intp]
-        context.call_conv.call_function(inner, builder.function, types.none, kinds, [*given, code.args[1]])
-        inner.ret_void()
-        return cgutils.pack_array(builder, [builder.ptrtoint(pointer, number) for pointer in (code, frame)])
-
-    return types.UniTuple(types.intp, 2)(arguments), generate
-
-
-@intrinsic
-def invoke(typing_context, code, frame, rank):
-    """Do a `job`."""
-
-    def generate(context, builder, signature, values):
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values[1:]])
-        builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp), generate

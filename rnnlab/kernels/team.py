@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from ..cells import Cell
 from . import threads
+from .calls import draw_ticket, invoke, tickets_drawn
 from .compiling import cached
 from .products import panel_units
-from .simd import VECTOR_BYTES, address, draw_ticket, invoke, tickets_drawn
+from .simd import VECTOR_BYTES, address
 
 __all__ = ["empty", "plan", "post", "predicted_seconds", "run_together", "wait_for_all", "wait_until_done"]
 
@@ -209,7 +210,7 @@ _current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else N
 _busy = threading.Lock()
 
 #: The counter and the mails of a kernel that is alone, which looks at neither.
-_ALONE = np.zeros(0, np.int64)
+_ALONE = np.zeros(1, np.int64)
 
 
 def _cores(parties: int) -> list[int]:
