@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .calls import job
-from .compiling import cached
+from .compiling import cached, part
 from .panels import (
     backward_panel,
     backward_reset,
@@ -90,7 +90,6 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     V = VECTOR_BYTES // dtype.itemsize
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
     JOINT, RESET, KEEP, LAST_G = cell.joint, cell.reset is not None, keep, 1 if cell.reset else G
-    HEAD = G - 1 if cell.reset else G  # the last gate's product with W_hh comes second
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(LAST_G, one_row=True), panel_units(LAST_G)
     all_steps, gate_sums, last_sums = (
@@ -100,15 +99,14 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     )
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = forward_step(cell, dtype, V, keep)
-    reset_panel = forward_reset(cell, dtype, V) if RESET else None
+    reset_panel, pack = forward_reset(cell, dtype, V) if RESET else None, _forward_pack(cell, dtype)
 
     @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
     def forward(arguments, counter, mails, parties, by_units, rank):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            x, weight_ih, weight_hh, bias_ih, bias_hh, peephole, lengths, state, saved, reset_h,
-            work, places, panels, tables, chunk,
+            x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk,
         ) = arguments  # fmt: skip
         PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, PACKED_LAST, SUMS, LAST_SUM, _ = places
         T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
@@ -119,18 +117,12 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
         of_peepholes, of_units = (units * V, 0, V), (0, units * V, V)
 
-        u0, u1 = _shares(units, most, rank, parties)
-        pack_gates(work, PACKED_HH, weight_hh, G, HEAD, most, u0, u1)
-        v0, v1 = _shares(units, MANY, rank, parties)
-        pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, v0, v1)
-        w0, w1 = _shares(units, most_last, rank, parties)
-        if RESET:
-            pack_gates(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most_last, w0, w1)
-        if rank == 0:
-            _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
-            _pack_peepholes(work, PEEPHOLES, peephole, H)
+        pack(arguments, most, most_last, rank, parties)
         if parties > 1:
             wait_for_all(counter, parties)
+        u0, u1 = _shares(units, most, rank, parties)
+        v0, v1 = _shares(units, MANY, rank, parties)
+        w0, w1 = _shares(units, most_last, rank, parties)
         first, last = 0, B
         if not by_units:
             first, last = B * rank // parties, B * (rank + 1) // parties
@@ -195,6 +187,30 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         wait_until_done(mails, parties, rank)
 
     return forward
+
+
+@cache
+def _forward_pack(cell: Cell, dtype):
+    """Build the packing of weights and biases, the part of one thread. With a reset W_hn has a product of its own."""
+    G, JOINT, RESET, HEAD = len(cell.gates), cell.joint, cell.reset is not None, len(cell.gates) - bool(cell.reset)
+    MANY, V = panel_units(G), VECTOR_BYTES // dtype.itemsize
+
+    @part(cell.name, dtype)
+    def pack(arguments, most, most_last, rank, parties):
+        _, weight_ih, weight_hh, bias_ih, bias_hh, peephole, _, _, _, _, work, places = arguments[:12]
+        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, _, PACKED_LAST = places[:7]
+        H = weight_hh.shape[1]
+        units = (H + V - 1) // V
+        pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, *_shares(units, MANY, rank, parties))
+        pack_gates(work, PACKED_HH, weight_hh, G, HEAD, most, *_shares(units, most, rank, parties))
+        if RESET:
+            last = _shares(units, most_last, rank, parties)
+            pack_gates(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most_last, *last)
+        if rank == 0:
+            _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
+            _pack_peepholes(work, PEEPHOLES, peephole, H)
+
+    return pack
 
 
 @njit
@@ -300,10 +316,10 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    JOINT, RESET, SCALED, HEAD = cell.joint, cell.reset is not None, scaled, G - 1 if cell.reset else G
+    JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
     SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
-    through_weights, many_rows, dx_rows = tile_product(1, dtype, V, R), multiply(1, dtype), multiply_columns(dtype)
-    add_product, store_da = add_transposed(dtype), store_gates(V)
+    through_weights, many_rows, store_da = tile_product(1, dtype, V, R), multiply(1, dtype), store_gates(V)
+    pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, scaled)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = backward_step(cell, V, scaled)
     reset_panel = backward_reset(cell, V) if RESET else None
@@ -316,44 +332,31 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
         """
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            x, d_output, d_output_exponent, weight_ih, weight_hh, peephole, lengths, state, saved, reset_h,
-            d_state, exponent, dx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole,
-            work, places, panels, tables, chunk,
+            _, d_output, d_output_exponent, _, _, _, lengths, _, saved, _, d_state, exponent, _, _, _,
+            d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk,
         ) = arguments  # fmt: skip
         (
-            PACKED_IH, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, DH, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
+            _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, DH, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
         ) = places  # fmt: skip
-        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], d_state.shape[3]
-        units, inputs, depth = (H + V - 1) // V, (I + V - 1) // V, G * H
+        T, B, H = d_output.shape
+        units, depth = (H + V - 1) // V, G * H
         row, most = units * G * V, SINGLE if B == 1 else MANY
-        panel, tiles, flat_x, flat_state = panels[rank], tables[rank, 0], x.reshape(-1), state.reshape(-1)
-        flat_saved, flat_reset, flat_dx = saved.reshape(-1), reset_h.reshape(-1), dx.reshape(-1)
+        panel, tiles, flat_saved = panels[rank], tables[rank, 0], saved.reshape(-1)
         flat_d, flat_direct = d_state.reshape(-1), d_output.reshape(-1)
         of_state, of_saved, of_carry = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (B * units * V, units * V, V)
         of_peepholes, nowhere = (units * V, 0, V), (0, 0, 0)
 
-        u0, u1 = _shares(units, most, rank, parties)
-        pack_columns(work, PACKED_HH, weight_hh, G, HEAD, most, u0, u1)
-        i0, i1 = _shares(inputs, MANY, rank, parties)
-        pack_columns(work, PACKED_IH, weight_ih, G, G, MANY, i0, i1)
-        if RESET:
-            pack_columns(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most, u0, u1)
-        if rank == 0:
-            work[ZERO : ZERO + (units + inputs) * V] = 0
-            _pack_peepholes(work, PEEPHOLES, peephole, H)
+        pack(arguments, most, rank, parties)
         if parties > 1:
             wait_for_all(counter, parties)
         first, last = (0, B) if by_units else (B * rank // parties, B * (rank + 1) // parties)
-        if not by_units:
-            u0, u1 = 0, units
+        u0, u1 = _shares(units, most, rank, parties) if by_units else (0, units)
         shortest, count = lengths.min(), list_tiles(tiles, first, last, u0, u1, units, most, 1)
-        strips = _shares(units * G, 1, rank, parties)
 
         after = 0  # where dah of the step behind lies
         for c in range((T + chunk - 1) // chunk - 1, -1, -1):
             t0, begin = c * chunk, c % 2 * chunk * B
-            steps = min(chunk, T - t0)
-            for t in range(t0 + steps - 1, t0 - 1, -1):
+            for t in range(min(t0 + chunk, T) - 1, t0 - 1, -1):
                 at = begin + (t - t0) * B
                 dax, dah, dp = CHUNK_DAX + at * row, CHUNK_DAH + at * row, CHUNK_DP + at * P * units * V
                 kept, here, there = t * units * B * KS * V, t * B * H, (t + 1) * B * H
@@ -434,23 +437,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
 
             if parties > 1:
                 wait_for_all(counter, parties)
-            dax, dah, dp = CHUNK_DAX + begin * row, CHUNK_DAH + begin * row, CHUNK_DP + begin * P * units * V
-            rows, r0 = steps * B, steps * B * rank // parties
-            dx_rows(
-                flat_dx, (t0 * B + r0) * I, I, address(work, ZERO), address(work, dax + r0 * row), row,
-                address(work, PACKED_IH), depth, rows * (rank + 1) // parties - r0, panel,
-            )  # fmt: skip
-            if not SCALED:
-                begin_x, begin_h = t0 * B * I, t0 * B * H
-                add_sums(d_bias_ih, work, dax, row, G, rows, strips, panel)
-                add_product(d_weight_ih, work, dax, row, G, (0, G), flat_x, begin_x, I, rows, strips, panel)
-                if not JOINT:
-                    add_sums(d_bias_hh, work, dah, row, G, rows, strips, panel)
-                add_product(d_weight_hh, work, dah, row, G, (0, HEAD), flat_state, begin_h, H, rows, strips, panel)
-                if RESET:
-                    add_product(d_weight_hh, work, dah, row, G, (HEAD, G), flat_reset, begin_h, H, rows, strips, panel)
-                if P and rank == 0:
-                    add_sums(d_peephole, work, dp, P * units * V, P, rows, (0, units * P), panel)
+            finish_chunk(arguments, c, rank, parties)
 
         # dL/dstate of slot 0.
         if by_units:
@@ -465,6 +452,73 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             d_bias_hh[:] = d_bias_ih
 
     return backward
+
+
+@cache
+def _backward_pack(cell: Cell, dtype):
+    """Build the packing of weights, the part of one thread. With a reset W_hn has a product of its own."""
+    G, RESET, HEAD = len(cell.gates), cell.reset is not None, len(cell.gates) - bool(cell.reset)
+    MANY, V = panel_units(1), VECTOR_BYTES // dtype.itemsize
+
+    @part(cell.name, dtype)
+    def pack(arguments, most, rank, parties):
+        weight_ih, weight_hh, peephole, work, places = *arguments[3:6], *arguments[18:20]
+        PACKED_IH, PACKED_HH, ZERO, PEEPHOLES, PACKED_LAST = *places[:2], *places[7:10]
+        H = weight_hh.shape[1]
+        units, inputs = (H + V - 1) // V, (weight_ih.shape[1] + V - 1) // V
+        mine = _shares(units, most, rank, parties)
+        pack_columns(work, PACKED_IH, weight_ih, G, G, MANY, *_shares(inputs, MANY, rank, parties))
+        pack_columns(work, PACKED_HH, weight_hh, G, HEAD, most, *mine)
+        if RESET:
+            pack_columns(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most, *mine)
+        if rank == 0:
+            work[ZERO : ZERO + (units + inputs) * V] = 0
+            _pack_peepholes(work, PEEPHOLES, peephole, H)
+
+    return pack
+
+
+@cache
+def _chunk_gradients(cell: Cell, dtype, scaled: bool):
+    """Build what follows a chunk of steps: dx, and (unless scaled) the gradients of weights, the part of one thread."""
+    G, P, V, HEAD = (
+        len(cell.gates),
+        len(cell.peepholes),
+        VECTOR_BYTES // dtype.itemsize,
+        len(cell.gates) - bool(cell.reset),
+    )
+    JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
+    dx_rows, add_product = multiply_columns(dtype), add_transposed(dtype)
+
+    @part(cell.name, dtype, scaled)
+    def finish_chunk(arguments, c, rank, parties):
+        x, state, reset_h, dx = arguments[0], arguments[7], arguments[9], arguments[12]
+        d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole, work, places, panels, _, chunk = arguments[13:]
+        PACKED_IH, _, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, _, _, ZERO = places[:8]
+        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
+        units, panel = (H + V - 1) // V, panels[rank]
+        row, begin, t0 = units * G * V, c % 2 * chunk * B, c * chunk
+        dax, dah, dp = CHUNK_DAX + begin * row, CHUNK_DAH + begin * row, CHUNK_DP + begin * P * units * V
+        rows, strips = min(chunk, T - t0) * B, _shares(units * G, 1, rank, parties)
+        r0, r1 = rows * rank // parties, rows * (rank + 1) // parties
+        dx_rows(
+            dx.reshape(-1), (t0 * B + r0) * I, I, address(work, ZERO), address(work, dax + r0 * row), row,
+            address(work, PACKED_IH), G * H, r1 - r0, panel,
+        )  # fmt: skip
+        if not SCALED:
+            begin_x, begin_h, flat_state = t0 * B * I, t0 * B * H, state.reshape(-1)
+            add_sums(d_bias_ih, work, dax, row, G, rows, strips, panel)
+            add_product(d_weight_ih, work, dax, row, G, (0, G), x.reshape(-1), begin_x, I, rows, strips, panel)
+            if not JOINT:
+                add_sums(d_bias_hh, work, dah, row, G, rows, strips, panel)
+            add_product(d_weight_hh, work, dah, row, G, (0, HEAD), flat_state, begin_h, H, rows, strips, panel)
+            if RESET:
+                flat_reset = reset_h.reshape(-1)
+                add_product(d_weight_hh, work, dah, row, G, (HEAD, G), flat_reset, begin_h, H, rows, strips, panel)
+            if P and rank == 0:
+                add_sums(d_peephole, work, dp, P * units * V, P, rows, (0, units * P), panel)
+
+    return finish_chunk
 
 
 @njit

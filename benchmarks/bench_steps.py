@@ -1,0 +1,24 @@
+"""Wall time of a whole training step of a small network: forward, loss, BPTT, clipping, update."""
+
+import numpy as np
+
+from rnnlab import Recurrent, SequenceModel, TrainingStep
+
+from . import shapes
+
+
+class Steps:
+    version = "1"
+    number = 20
+    params = (shapes.CELLS, shapes.DTYPES)
+    param_names = ("cell", "dtype")
+
+    def setup(self, cell, dtype):
+        rng = np.random.default_rng(0)
+        model = SequenceModel(Recurrent(cell, 2, 50, dtype=dtype, seed=0), 10, seed=0)
+        self.arguments = rng.normal(size=(100, 20, 2)).astype(dtype), rng.integers(10, size=20)
+        self.step = TrainingStep(model, 100, 20, learning_rate=1e-3, clip_norm=1.0)
+        self.step(*self.arguments)
+
+    def time_T100_B20_I2_H50(self, cell, dtype):
+        self.step(*self.arguments)
