@@ -33,8 +33,8 @@ __all__ = [
     "width_at",
 ]
 
-#: Rows that `add_transposed` packs at a time: a panel of them stays in the first-level cache,
-DEPTH = 128
+#: Rows that `add_transposed` packs at a time: a strip of them and part of a panel stay in the first-level cache,
+DEPTH = 256
 #: and so many strips of V rows of the result in the second-level cache.
 STRIPS = 8
 

@@ -66,7 +66,7 @@ def _keep(size: int, memory: NDArray[np.uint8]) -> None:
 
 
 #: What a plan counts with, in seconds: a thread takes up work; threads wait for each other; the cell on V units.
-_START, _BARRIER, _CELL = 6e-5, 5e-7, 1.5e-8
+_START, _BARRIER, _CELL = 5e-6, 5e-7, 1.5e-8
 
 #: FLOPs a core and second per byte of a vector register; bytes/s that all cores read from beyond their own caches, and
 #: the size of those.
