@@ -462,8 +462,10 @@ def _backward_pack(cell: Cell, dtype):
 
     @part(cell.name, dtype)
     def pack(arguments, most, rank, parties):
-        weight_ih, weight_hh, peephole, work, places = *arguments[3:6], *arguments[18:20]
-        PACKED_IH, PACKED_HH, ZERO, PEEPHOLES, PACKED_LAST = *places[:2], *places[7:10]
+        weight_ih, weight_hh, peephole = arguments[3:6]
+        work, places = arguments[18:20]
+        PACKED_IH, PACKED_HH = places[:2]
+        ZERO, PEEPHOLES, PACKED_LAST = places[7:10]
         H = weight_hh.shape[1]
         units, inputs = (H + V - 1) // V, (weight_ih.shape[1] + V - 1) // V
         mine = _shares(units, most, rank, parties)
