@@ -157,7 +157,7 @@ def gradient_flow(
         raise ValueError(f"model must have topology one_to_one, many_to_one or many_to_many, got {model.topology}")
     net = model.rnn
     trace = net.forward(x, state, lengths)
-    features, scored = model.features(trace, every), model.scored(trace, every)
+    features, scored = model.features(trace, every), model.scored(trace.lengths, len(trace.output), every)
     logits = model.read(features)
     _, d_logits = model.score(logits, model.check_targets(targets, scored), scored)
     d_output = model.spread(d_logits @ model.readout["weight"], trace, every)

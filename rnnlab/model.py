@@ -167,36 +167,33 @@ class SequenceModel:
             features = self.features(run, every)
         else:
             run = self.rnn.checkpoint(x, state, lengths, every=checkpoint, outputs=every)
-            features = self._kept_features(run)
-        scored = np.arange(len(x))[:, None] < run.lengths if every else np.ones(len(run.lengths), np.bool_)
+            features = self._last_state(run) if run.output is None else run.output
+        scored = self.scored(run.lengths, len(x), every)
         logits = self.read(features)
         loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
         d_features = d_logits @ self.readout["weight"]
         if isinstance(run, Trace):
             gradients = self.rnn.gradients(run, self.spread(d_features, run, every))
+        elif every:
+            gradients = self.rnn.gradients(run, d_features)
         else:
-            gradients = self._recomputed(run, d_features)
+            d_h = np.zeros_like(run.final if isinstance(run.final, np.ndarray) else run.final[0])
+            d_h[-1] = d_features
+            gradients = self.rnn.gradients(
+                run, None, d_h if isinstance(run.final, np.ndarray) else (d_h, np.zeros_like(d_h))
+            )
         params = self.params.like()
         self._put(params, "rnn", gradients.params)
         self._put_readout(params, features, d_logits)
         recurrent = {"rnn": gradients} if checkpoint is None else {}
         return LossGradients(loss, self.loss.activation(logits), params, gradients.x, recurrent, run.final)
 
-    def _kept_features(self, kept: Checkpoints) -> Array:
-        """Return `features` of checkpoints."""
+    def _last_state(self, kept: Checkpoints) -> Array:
+        """Return what `features` would be of a trace."""
         if self.topology == "one_to_one" and len(kept.x) != 1:
             raise ValueError(f"x must have one step for topology one_to_one, got {len(kept.x)}")
-        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
-        return h[-1] if kept.output is None else kept.output
-
-    def _recomputed(self, kept: Checkpoints, d_features: Array) -> Gradients:
-        """Return the gradients of checkpoints, given those of `_kept_features`."""
-        if kept.output is not None:
-            return self.rnn.recompute(kept, d_features)
-        h = kept.final if isinstance(kept.final, np.ndarray) else kept.final[0]
-        d_h = np.zeros_like(h)
-        d_h[-1] = d_features
-        return self.rnn.recompute(kept, None, d_h if h is kept.final else (d_h, np.zeros_like(h)))
+        last: Array = kept.final[-1] if isinstance(kept.final, np.ndarray) else kept.final[0][-1]
+        return last
 
     def truncated(self, x: Array, targets: Array, window: int, state: State | None = None) -> Iterator[LossGradients]:
         """Truncated BPTT: return the loss and gradients of one window of steps after the other.
@@ -231,10 +228,10 @@ class SequenceModel:
         last = h[trace.lengths - 1, np.arange(h.shape[1]), :H]
         return np.concatenate([last, h[0, :, H:]], axis=1)  # a reverse direction ends at the first element
 
-    def scored(self, trace: Trace, every: bool) -> NDArray[np.bool_]:
+    @staticmethod
+    def scored(lengths: NDArray[np.int64], steps: int, every: bool) -> NDArray[np.bool_]:
         """Return which predictions count: (B,) all of them, or with `every` (T, B) those within their sequence."""
-        T, B, _ = trace.output.shape
-        return np.arange(T)[:, None] < trace.lengths if every else np.ones(B, np.bool_)
+        return np.arange(steps)[:, None] < lengths if every else np.ones(len(lengths), np.bool_)
 
     def read(self, features: Array) -> Array:
         """Return the logits y = W h + b."""

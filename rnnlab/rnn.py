@@ -224,13 +224,17 @@ class Recurrent:
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
         past = (lambda d: past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
         d_output = check_array("d_output", d_output, shape, self.dtype, past=past)
+        self._stack_state("d_final", d_final, shape[1])
         return self.gradients(trace, d_output, d_final)
 
-    def gradients(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
-        """Do what `backward` does for a trace and a `d_output` of its own, unchecked: a diverged network has NaN."""
+    def gradients(self, run: Trace | Checkpoints, d_output: Array | None, d_final: State | None = None) -> Gradients:
+        """Do what `backward` or `recompute` does, unchecked: a network that has diverged has NaN."""
+        if isinstance(run, Checkpoints):
+            return self._gradients_between(run, d_output, d_final)
         gradients = self.params.like()
         into = [self.weights(k, gradients) for k in range(len(self._names))]
-        layers, dx, _ = self.backpropagate(trace, d_output, d_final, into=into)
+        d_output = np.zeros_like(run.output) if d_output is None else d_output
+        layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
         initial = self._unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
@@ -250,7 +254,7 @@ class Recurrent:
         are arrays of zeros for dL/d weights. Nothing is checked: `gradients` and gradient analysis stand on this.
         """
         T, B, _ = trace.output.shape
-        d_last = self._stack_state("d_final", d_final, B)
+        d_last = self._stack_state("d_final", None, B) if d_final is None else _stack(d_final)
         exponent = np.zeros((T, B), np.int64) if scaled else None
         H = self.hidden_size
         gradients: list[LayerGradients] = []
@@ -299,7 +303,7 @@ class Recurrent:
         for start in range(0, T, stride):
             part = slice(start, start + stride)
             trace = self._run(x[part], states[-1], _remaining(steps, start, x[part]), False, False)
-            states.append(self._stack_state("state", trace.final, B))
+            states.append(_stack(trace.final))
             if outputs:
                 output[part] = trace.output
         return Checkpoints(x, steps, stride, states, output if outputs else None, self._unstack_state(states[-1]))
@@ -311,22 +315,25 @@ class Recurrent:
 
         Gradients are those of `backward` to the last bit; `h` and `c`, which would take as much memory, are empty.
         """
-        x, steps, stride = checkpoints.x, checkpoints.lengths, checkpoints.every
-        T, B, _ = x.shape
+        T, B, _ = checkpoints.x.shape
         if d_output is not None:
             d_output = check_array("d_output", d_output, (T, B, self.hidden_size), self.dtype)
-        gradients, dx = self.params.like(), np.empty_like(x)
+        self._stack_state("d_final", d_final, B)
+        return self.gradients(checkpoints, d_output, d_final)
+
+    def _gradients_between(self, run: Checkpoints, d_output: Array | None, d_final: State | None) -> Gradients:
+        gradients, dx = self.params.like(), np.empty_like(run.x)
         into = [self.weights(k, gradients) for k in range(len(self._names))]
-        d_state = self._unstack_state(self._stack_state("d_final", d_final, B))
-        for start, state in reversed(list(zip(range(0, T, stride), checkpoints.states, strict=False))):
-            part = slice(start, start + stride)
-            trace = self._run(x[part], state, _remaining(steps, start, x[part]), False, True)
+        for start, state in reversed(list(zip(range(0, len(run.x), run.every), run.states, strict=False))):
+            part = slice(start, start + run.every)
+            trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
-            layers, dx[part], _ = self.backpropagate(trace, received, d_state, into=into)
-            d_state = self._unstack_state(
+            layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into)
+            d_final = self._unstack_state(
                 np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))])
             )
-        return Gradients(gradients, dx, [], [], d_state)
+        assert d_final is not None
+        return Gradients(gradients, dx, [], [], d_final)
 
     def direct(
         self, trace: Trace, layers: list[LayerGradients]
@@ -399,6 +406,11 @@ class Recurrent:
 
     def _unstack_state(self, stacked: Array) -> State:
         return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
+
+
+def _stack(state: State) -> Array:
+    """Return a state or its gradient, unchecked, as (S, L·D, B, H)."""
+    return state[None] if isinstance(state, np.ndarray) else np.stack(state)
 
 
 def _remaining(lengths: NDArray[np.int64], start: int, part: Array) -> NDArray[np.int64]:

@@ -44,7 +44,8 @@ class TrainingStep:
         net = model.rnn
         if model.generates or net.num_layers > 1 or net.bidirectional or net.dropout:
             raise ValueError(
-                f"model must have one layer and read inputs that are given, got {model.topology} of {net!r}"
+                f"model must have one layer in one direction, no dropout and inputs that are given, "
+                f"got {model.topology} of {net!r}"
             )
         self.steps, self.batch = check_positive("steps", steps), check_positive("batch", batch)
         if model.topology == "one_to_one" and steps != 1:
@@ -57,6 +58,7 @@ class TrainingStep:
         self.gradient = Params.join(parts)
         self._x, self._lengths = np.zeros((T, B, net.input_size), net.dtype), np.full(B, T)
         zero, d_output = np.zeros((len(net.cell.states), B, H), net.dtype), np.zeros((T, B, H), net.dtype)
+        # Gradients of biases that a network does not have go to arrays that nobody reads.
         weights, into = net.weights(0), net.weights(0, parts["rnn"])
         forward, trace = cpu.prepare_forward(net.cell, self._x, weights, zero, self._lengths, True)
         backward, gradients = cpu.prepare_backward(net.cell, trace, weights, d_output, zero, None, into)
@@ -89,8 +91,7 @@ class TrainingStep:
         past = None if lengths is None else lambda x: past_end(lengths, x)
         x = check_array("x", x, (self.steps, self.batch, net.input_size), net.dtype, past=past)
         self._lengths[:] = check_lengths("lengths", lengths, self.batch, self.steps)
-        if self._scored.ndim == 2:
-            self._scored[:] = np.arange(self.steps)[:, None] < self._lengths
+        self._scored[:] = self.model.scored(self._lengths, self.steps, self._scored.ndim == 2)
         self._targets[:] = self.model.check_targets(targets, self._scored).reshape(self._targets.shape)
         self._x[:] = x
         return StepResult(*self._step(self.learning_rate, self.clip_norm))

@@ -149,6 +149,17 @@ def test_scaled_adjoint_equals_the_plain_one(cell, shape):
         assert ((largest > 0) & (largest < 2))[inside].all()  # a sum of two numbers below 1
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize(("T", "B", "H"), [(5, 1, 8 * V + 3), (5, 1, 17 * V), (70, 5, 9 * V - 1)])
+def test_scaled_adjoint_of_many_units_equals_the_plain_one(cell, T, B, H):
+    """One sequence has wider panels in the plain pass; the last shape has two chunks of steps."""
+    net, _ = random_network(cell, 3, H, scale=H**-0.5, seed=7)
+    (scaled, dx), (plain, plain_dx) = scaled_and_plain(net, T, B, seed=8)
+    assert relative_error(dx, plain_dx) <= TOLERANCE
+    state = np.ldexp(scaled[0].state, scaled[0].exponent[:, :, None])
+    assert relative_error(state, plain[0].state) <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("weight", [0.5, 2.0])
 def test_scaled_adjoint_neither_under_nor_overflows(weight, dtype):

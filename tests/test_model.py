@@ -614,10 +614,11 @@ def test_a_diverged_network_has_a_loss_that_is_not_finite():
     net.initialise("identity", gain=1e200, seed=0)
     net.params["weight_ih_l0"][...] = 0.5  # every unit is active, or nothing grows
     model = SequenceModel(net, 1, "many_to_one", "mse", seed=0)
-    with np.errstate(all="ignore"):
-        result = model.loss_and_gradients(np.ones((5, 1, 2)), np.zeros((1, 1)))
-    assert not np.isfinite(result.loss)
-    assert not np.isfinite(result.params.flat).all()
+    for checkpoint in (None, 2):
+        with np.errstate(all="ignore"):
+            result = model.loss_and_gradients(np.ones((600, 1, 2)), np.zeros((1, 1)), checkpoint=checkpoint)
+        assert not np.isfinite(result.loss)
+        assert not np.isfinite(result.params.flat).all()
     with np.errstate(all="ignore"), pytest.raises(ValueError, match="model must have finite states and gradients"):
         gradient_flow(model, np.ones((5, 1, 2)), np.zeros((1, 1)))
 

@@ -411,7 +411,7 @@ def test_an_interrupt_ends_a_pool_at_once(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert out == ""
     assert [line.split(".")[0] for line in err.splitlines()] == ["Interrupted"]
 

@@ -128,8 +128,8 @@ def test_threads_sleep_when_no_job_comes_and_wake_for_the_next():
     for pause in (0, 0.001, 0.1, 0.002, 0.3):
         assert (notes_of(3, True)[:3, 0] == 7).all()
         time.sleep(pause)
-    workers, _ = team._workers(2)
-    assert all(worker.asleep for worker in workers)
+    assert len(team._workers) >= 2
+    assert all(worker.asleep for worker in team._workers)
     before = time.process_time()
     time.sleep(0.2)
     assert time.process_time() - before < 0.05  # two that kept looking would take 0.2 s or more

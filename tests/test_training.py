@@ -51,6 +51,26 @@ def test_step_of_every_cell_is_that_of_its_gradients(cell, lengths):
     assert_steps_agree(model, other, x, targets, lengths)
 
 
+@pytest.mark.parametrize(
+    ("cell", "batch", "dtype"), [("lstm_peephole", 1, "float64"), ("gru_reset_before", 5, "float32")]
+)
+def test_step_of_many_steps_units_and_outputs(cell, batch, dtype):
+    """More than one chunk of steps, and than one vector of units and of outputs."""
+    steps, outputs = 150, 19
+    rng = np.random.default_rng(3)
+    x, targets = rng.normal(size=(steps, batch, I)).astype(dtype), rng.integers(outputs, size=(steps, batch))
+    lengths = [150, 1, 40, 149, 77][:batch]
+    models = [
+        SequenceModel(Recurrent(cell, I, 67, dtype=dtype, seed=4), outputs, "many_to_many", seed=4) for _ in range(2)
+    ]
+    got = TrainingStep(models[0], steps, batch, learning_rate=0.5)(x, targets, lengths)
+    loss, norm = updated(models[1], x, targets, lengths, 0.5, np.inf)
+    u = np.finfo(dtype).eps
+    assert got.loss == pytest.approx(loss, rel=20 * u)  # sums of up to 1,500 terms, in two orders
+    assert got.norm == pytest.approx(norm, rel=20 * u)
+    np.testing.assert_allclose(models[0].params.flat, models[1].params.flat, rtol=0, atol=20 * u)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("topology", ["many_to_one", "many_to_many"])
 @pytest.mark.parametrize("threshold", [0.05, np.inf])
@@ -170,7 +190,10 @@ def test_bad_arguments_are_named_and_nothing_moves():
         with pytest.raises(ValueError, match=message):
             TrainingStep(model, **({"steps": T, "batch": B, "learning_rate": 0.1} | arguments))
     generating = SequenceModel(Recurrent("lstm", O, H, seed=0), O, "one_to_many", seed=0)
-    with pytest.raises(ValueError, match="model must have one layer and read inputs that are given, got one_to_many"):
+    with pytest.raises(
+        ValueError,
+        match="model must have one layer in one direction, no dropout and inputs that are given, got one_to_many",
+    ):
         TrainingStep(generating, T, B, learning_rate=0.1)
     one, _, _ = problem(topology="one_to_one")
     with pytest.raises(ValueError, match="steps must be 1 for topology one_to_one, got 7"):

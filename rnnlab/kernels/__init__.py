@@ -84,8 +84,8 @@ class LayerTrace(NamedTuple):
     """What one layer in one direction computed, in its own order of processing, and what its backward needs.
 
     cell: its name; x (T, B, I); state (S, T+1, B, H), slot 0 initial, held past the end of a sequence; saved
-    (T, U, B, K, V), zero past the end, what `step` saved, for U vectors of V units; reset_h (T, B, H), r ∘ h_{t−1} of a
-    cell that resets before the product, else empty; lengths (B,).
+    (T, U, B, K, V), what `step` saved, for U vectors of V units, zero past the end, anything in lanes past unit H;
+    reset_h (T, B, H), r ∘ h_{t−1} of a cell that resets before the product, else empty; lengths (B,).
     """
 
     cell: str

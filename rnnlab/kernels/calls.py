@@ -71,7 +71,10 @@ def invoke(typing_context, code, frame, rank):
 
 @intrinsic
 def call(typing_context, code, arguments):
-    """Call the kernel whose `entry` is `code` with the items of `arguments`, of the types that `entry` was given."""
+    """Call the kernel whose `entry` is `code` with the items of `arguments`, of the types that `entry` was given.
+
+    It must not raise, which would go unseen, and must be kept alive.
+    """
 
     def generate(context, builder, signature, values):
         kinds = list(arguments.types)

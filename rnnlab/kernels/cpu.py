@@ -56,7 +56,8 @@ from .products import (
 from .simd import VECTOR_BYTES, address
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
 
-__all__ = ["backward", "direct", "forward", "jacobian", "warmup"]
+__all__ = ["Call", "backward", "chunk_steps", "direct", "forward", "jacobian", "prepare_backward", "prepare_forward"]
+__all__ += ["warmup"]
 
 #: Rows (steps times batch) in a chunk.
 _CHUNK = 256
@@ -317,7 +318,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     V = VECTOR_BYTES // dtype.itemsize
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
     JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
-    SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
+    SINGLE, MANY = panel_units(1, one_row=not scaled), panel_units(1)  # `many_rows` takes no others
     through_weights, many_rows, store_da = tile_product(1, dtype, V, R), multiply(1, dtype), store_gates(V)
     pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, scaled)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)

@@ -62,52 +62,50 @@ def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
 # To and from memory -------------------------------------------------------------------------------------------------
 
 
-@cache
 def moves(V, whole):
-    """Build (load, store) between a panel and memory: of `whole` vectors, or of rows that end after H numbers.
+    """Return (load, store) between a panel and memory: of `whole` vectors, or of rows that end after H numbers.
 
-    Both move `count` numbers of every unit of a tile; strides lead to the next number, row and unit. The k-th number
-    begins at panel[to + k·region]; `region` 0 stores the first one `count` times.
+    Both move `count` numbers of every unit of a tile; strides lead to the next number, row and unit in memory. In the
+    panel the k-th number begins at + k·region.
     """
+    return _moves(V, whole, True), _moves(V, whole, False)
 
-    @part(V, whole)
-    def load(panel, to, region, source, at, count, strides, tile, H):
-        unit, width, row, rows = tile
-        i = to
-        for r in range(row, row + rows):
-            for u in range(unit, unit + width):
-                here, n = at + r * strides[1] + u * strides[2], V if whole else H - u * V
-                for k in range(count):
-                    move(panel, i + k * region, source, here + k * strides[0], n)
-                i += V
 
-    @part(V, whole)
-    def store(panel, at, region, target, to, count, strides, tile, H):
+@cache
+def _moves(V, whole, loading):
+    @part(V, whole, loading)
+    def moves(panel, at, region, memory, begin, count, strides, tile, H):
         unit, width, row, rows = tile
         i = at
         for r in range(row, row + rows):
             for u in range(unit, unit + width):
-                here, n = to + r * strides[1] + u * strides[2], V if whole else H - u * V
+                here, n = begin + r * strides[1] + u * strides[2], V if whole else H - u * V
                 for k in range(count):
-                    move(target, here + k * strides[0], panel, i + k * region, n)
+                    if loading:
+                        move(panel, i + k * region, memory, here + k * strides[0], n)
+                    else:
+                        move(memory, here + k * strides[0], panel, i + k * region, n)
                 i += V
 
-    return load, store
+    return moves
 
 
 @part()
-def bring(source, at, count, strides, tile):
-    """Have near what `load` will read."""
+def bring(memory, begin, count, strides, tile):
+    """Have the memory of a load or store brought near."""
     unit, width, row, rows = tile
     for r in range(row, row + rows):
         for u in range(unit, unit + width):
             for k in range(count):
-                prefetch(source, at + k * strides[0] + r * strides[1] + u * strides[2])
+                prefetch(memory, begin + k * strides[0] + r * strides[1] + u * strides[2])
 
 
 @cache
 def store_gates(V):
-    """Build the store of `count` numbers a unit into rows of unit, gate, lane, without padding between them."""
+    """Build the store of `count` numbers a unit into rows of unit, gate, lane, without padding between them.
+
+    The k-th number begins at panel[at + k·region]; `region` 0 stores one number `count` times.
+    """
 
     @part(V)
     def store_gates(panel, at, region, target, to, count, stride, tile, H):

@@ -186,12 +186,15 @@ def _copies(V):
 
 @cache
 def multiply_columns(dtype):
-    """Build the product of `rows` rows of `a` with all panels, into rows of out[to:] that have no padding."""
+    """Build the product of rows of `a` with all panels, into rows of out[to:], `columns` long, without padding.
+
+    Addresses: a, packed, and `zeros`, as many as a tile has in a row.
+    """
     block, most, size, V = blocks(1, dtype), panel_units(1), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
     _, copy_out = _copies(V)
 
     @part(dtype)
-    def multiply_columns(out, to, columns, start, a, a_row, packed, depth, rows, scratch):
+    def multiply_columns(out, to, columns, zeros, a, a_row, packed, depth, rows, scratch):
         units, unit = (columns + V - 1) // V, 0
         while unit < units:
             width, r = width_at(unit, units, most), 0
@@ -199,9 +202,9 @@ def multiply_columns(dtype):
             while r < rows:
                 at, source, count = to + r * columns + unit * V, a + r * a_row * size, rows_at(width, 1, rows - r)
                 if whole:
-                    block(width, address(out, at), columns, V, 0, start, 0, source, a_row, 1, b, depth, count)
+                    block(width, address(out, at), columns, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
                 else:
-                    block(width, address(scratch, 0), width * V, V, 0, start, 0, source, a_row, 1, b, depth, count)
+                    block(width, address(scratch, 0), width * V, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
                     copy_out(out, at, columns, scratch, 0, width, count, columns - unit * V)
                 r += count
             unit += width

@@ -31,7 +31,7 @@ class Readout(NamedTuple):
     """What lies between the recurrent layer and the loss; N predictions of O outputs.
 
     features and d_features (N, H): parts of the layer's states and of its gradients' arrays; targets (N, 1) or (N, O);
-    scored (N,): 1 where a prediction counts, else 0; weight (O, H), bias (O,) and their gradients.
+    scored (N,): whether a prediction counts; weight (O, H), bias (O,) and their gradients.
     """
 
     features: Array
@@ -81,7 +81,8 @@ def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> An
             address(logits.reshape(-1), 0), units * V, address(padded_bias, 0), 0, address(features.reshape(-1), 0), H,
             address(packed, 0), H, N, 0, units, units,
         )  # fmt: skip
-        loss, share = 0.0, logits.dtype.type(1 / scored.sum())
+        loss, count = 0.0, scored.sum()
+        share = logits.dtype.type(1 / count)
         for n in range(N):
             value = row(logits[n, :O], targets[n], logits[n, :O])
             loss += np.float64(value) if scored[n] else 0.0
@@ -107,7 +108,7 @@ def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> An
             factor = weights.dtype.type(rate * min(1.0, threshold / max(norm, np.finfo(np.float64).tiny)))
             for i in range(len(weights)):
                 weights[i] -= factor * gradient[i]
-        return loss * np.float64(share), norm, moved
+        return loss / count, norm, moved
 
     return step
 
@@ -138,4 +139,9 @@ def prepare_step(
     codes = tuple(entry(one.kernel, given) for one, given in zip(calls, arguments, strict=True))
     given = codes, *arguments, tuple(readout), (empty((N, row_size), dtype), *work), carried, weights, gradient
     kernel = _step_kernel(name, row, dtype)
-    return lambda rate, threshold: kernel(*given, rate, threshold)
+
+    def step(rate: float, threshold: float, kept_alive: Any = calls) -> tuple[float, float, bool]:
+        result: tuple[float, float, bool] = kernel(*given, rate, threshold)
+        return result
+
+    return step

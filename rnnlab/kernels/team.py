@@ -1,5 +1,6 @@
 """Threads that run one kernel together, and the memory that kernels work in."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -7,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -177,15 +178,13 @@ class _Worker(threading.Thread):
 
     def __init__(self, mail: NDArray[np.int64]):
         super().__init__(name="rnnlab", daemon=True)
-        self.mail, self.asleep, self.expected = mail, True, False
-        self.bell: SimpleQueue[int] = SimpleQueue()
+        self.mail, self.asleep, self.expected, self.core = mail, True, False, -1
+        self.bell: SimpleQueue[None] = SimpleQueue()
         self.start()
 
     def run(self) -> None:
         while True:
-            core = self.bell.get()
-            if core != -1:
-                os.sched_setaffinity(0, {core})  # of this thread
+            self.bell.get()
             while not self.asleep:
                 _serve(self.mail, _PATIENCE)
                 self.asleep = True
@@ -193,21 +192,24 @@ class _Worker(threading.Thread):
                     self.asleep = False
 
 
-@cache
-def _workers(count: int) -> tuple[list[_Worker], NDArray[np.int64]]:
-    """Return so many threads, and their mails one after the other."""
-    mails = empty((count * _MAIL,), np.dtype(np.int64))
-    mails[:] = 0
-    return [_Worker(mail) for mail in mails.reshape(count, _MAIL)], mails
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
-
-_current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
+#: The threads that there are, and room for the mails of as many as there may be.
+_workers: list[_Worker] = []
+_mails = np.zeros(1024 * _MAIL, np.int64)
 
 #: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
+
+
+def _forget() -> None:
+    """Begin without threads: they do not survive a fork."""
+    global _workers, _mails, _busy
+    _workers, _mails, _busy = [], np.zeros_like(_mails), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+_current_core = ctypes.CDLL(None).sched_getcpu if sys.platform == "linux" else None
 
 #: The counter and the mails of a kernel that is alone, which looks at neither.
 _ALONE = np.zeros(1, np.int64)
@@ -223,6 +225,28 @@ def _cores(parties: int) -> list[int]:
     return [-1] * parties
 
 
+def _wake(count: int) -> list[_Worker]:
+    """Return so many threads that are awake, and stay so until they are no longer `expected`."""
+    while len(_workers) < count:
+        mail = _mails[len(_workers) * _MAIL :][:_MAIL]
+        _serve(mail, 0)  # compiled before a thread needs it
+        _workers.append(_Worker(mail))
+    team = _workers[:count]
+    for worker in team:
+        worker.expected = True
+    here = -1 if _current_core is None else _current_core()
+    if any(worker.asleep or worker.core == here for worker in team):
+        for worker, core in zip(team, _cores(count + 1)[1:], strict=True):
+            if core not in (-1, worker.core):
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(worker.native_id or 0, {core})
+                    worker.core = core
+            if worker.asleep:
+                worker.asleep = False
+                worker.bell.put(None)
+    return team
+
+
 def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties: int, by_units: bool) -> None:
     """Call kernel(arguments, counter, mails, parties, by_units, 0), which is to `post` itself to the other threads.
 
@@ -231,17 +255,10 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
     if parties == 1 or not _busy.acquire(blocking=False):
         kernel(arguments, _ALONE, _ALONE, 1, False, 0)
         return
-    workers, mails = _workers(parties - 1)
     try:
-        for worker in workers:
-            worker.expected = True
-        if any(worker.asleep for worker in workers):
-            for worker, core in zip(workers, _cores(parties)[1:], strict=True):
-                if worker.asleep:
-                    worker.asleep = False
-                    worker.bell.put(core)
-        kernel(arguments, np.zeros(1, np.int64), mails, parties, by_units, 0)
+        _wake(parties - 1)
+        kernel(arguments, np.zeros(1, np.int64), _mails, parties, by_units, 0)
     finally:
-        for worker in workers:
+        for worker in _workers:
             worker.expected = False
         _busy.release()
