@@ -65,7 +65,7 @@ def test_step_of_many_steps_units_and_outputs(cell, batch, dtype):
     ]
     got = TrainingStep(models[0], steps, batch, learning_rate=0.5)(x, targets, lengths)
     loss, norm = updated(models[1], x, targets, lengths, 0.5, np.inf)
-    u = np.finfo(dtype).eps
+    u = float(np.finfo(dtype).eps)
     assert got.loss == pytest.approx(loss, rel=20 * u)  # sums of up to 1,500 terms, in two orders
     assert got.norm == pytest.approx(norm, rel=20 * u)
     np.testing.assert_allclose(models[0].params.flat, models[1].params.flat, rtol=0, atol=20 * u)
