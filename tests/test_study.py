@@ -403,9 +403,13 @@ def test_an_interrupt_ends_a_pool_at_once(tmp_path):
     log = tmp_path / "log"
     log.mkdir()
     words, settings = command(tmp_path, "--out", "out", "--jobs", 2, seconds=60, environment={"LOG": str(log)})
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **settings
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job ignores, its children do
+    try:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **settings
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while len(list(log.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
