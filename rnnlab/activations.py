@@ -9,14 +9,20 @@ An activation returns `(value, slope)`. The slope comes out of the same exponent
 or s·(1 − s), computed from a rounded value, would have cancelled.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-__all__ = ["exp", "relu", "scalar", "sigmoid", "tanh"]
+__all__ = ["ARITHMETIC", "exp", "relu", "scalar", "sigmoid", "tanh"]
 
-#: The one decorator of scalar functions. Fusing a multiply with an add ("contract") only ever drops a rounding.
-scalar = njit(fastmath={"contract"}, error_model="numpy", forceinline=True)
+#: Options of all compiled arithmetic. Fusing a multiply with an add ("contract") only ever drops a rounding.
+ARITHMETIC: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+
+#: The one decorator of scalar functions.
+scalar: Callable[[Any], Any] = njit(forceinline=True, **ARITHMETIC)
 
 
 def _split_exp(real, integer, mantissa_bits, bias, lift, low, high, ln2_high, ln2_low, expm1):

@@ -12,10 +12,9 @@ from numba import njit
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["ARITHMETIC", "cached", "part"]
+from ..activations import ARITHMETIC
 
-#: Options of compiled arithmetic: fusing a multiply with an add ("contract") only ever drops a rounding.
-ARITHMETIC = {"error_model": "numpy", "fastmath": {"contract"}}
+__all__ = ["cached", "part"]
 
 _PACKAGE = Path(__file__).parents[1]
 

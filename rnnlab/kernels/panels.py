@@ -9,9 +9,9 @@ from functools import cache
 
 import numpy as np
 
-from ..activations import scalar
+from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
-from .compiling import ARITHMETIC, part
+from .compiling import part
 from .products import ACCUMULATORS, blocks
 from .simd import address, move, prefetch
 
