@@ -306,42 +306,49 @@ def test_kernels_stay_in_bounds_and_read_nothing_unset(monkeypatch, cell, dtype)
 
 # Two processes and one cache ------------------------------------------------------------------------------------------
 
-GRADIENTS = """
-import hashlib
+PRODUCTS = """
+import sys
 import numpy as np
-from rnnlab import CELLS, Recurrent
-from rnnlab.kernels import cpu
+from rnnlab.kernels.compiling import cached
+from rnnlab.kernels.products import multiply
+from rnnlab.kernels.simd import VECTOR_BYTES, address
+from rnnlab.kernels.team import empty
 
-def gradients(cell, T, B, I, H, dtype):
-    net, rng = Recurrent(cell, I, H, dtype=dtype, seed=0), np.random.default_rng(1)
-    trace = net.forward(rng.normal(size=(T, B, I)).astype(dtype))
-    gradients = net.backward(trace, rng.normal(size=(T, B, H)).astype(dtype))
-    digest = hashlib.sha256()
-    for array in (trace.output, gradients.x, gradients.h[0], gradients.params.flat):
-        digest.update(array.tobytes())
-    kernels = [make(CELLS[cell], np.dtype(dtype), keep) for make, keep in KERNELS]
-    return digest.hexdigest(), [sum(kernel.stats.cache_hits.values()) for kernel in kernels]
+dtype = np.dtype("float32")
 
-KERNELS = [(cpu._forward_kernel, True), (cpu._backward_kernel, False)]
+def kernel(group):
+    times, row = multiply(group, dtype), group * VECTOR_BYTES // 4
+
+    @cached(f"group-{group}")
+    def product(out, start, a, packed, rows, depth):
+        places = address(out, 0), row, address(start, 0), 0, address(a, 0), depth, address(packed, 0)
+        times(*places, depth, rows, 0, 1, 1)
+
+    return product, row
+
+for group in map(int, sys.argv[1:]):
+    product, row = kernel(group)
+    a, packed = np.arange(15, dtype=dtype), np.ones(5 * row, dtype)
+    out = np.zeros(3 * row + 512, dtype)
+    product(out, np.zeros(row, dtype), a, packed, 3, 5)
+    print(sum(product.stats.cache_hits.values()), *np.flatnonzero(np.diff(out)), *np.unique(out))
 """
 
 
 def test_kernels_from_the_cache_compute_what_they_did_in_the_process_that_compiled_them(tmp_path):
     """A kernel from the cache brings functions with it; none may bear the name of another one in this process."""
+    program = tmp_path / "products.py"
+    program.write_text(PRODUCTS)
 
-    def output(program):
+    def output(*groups):
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-c", GRADIENTS + program]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        command = [sys.executable, str(program), *groups]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    one = "digest, hits = gradients('rnn_relu', 5, 1, 32, 32, 'float32'); print(digest, *hits)"
-    # Of one type, so that functions get the same numbers from Numba in both processes, and differ.
-    other = "gradients('rnn_tanh', 7, 3, 20, 40, 'float32')\n"
-    compiled, *hits = output(one)
-    assert hits == ["0", "0"]
-    loaded, *hits = output(other + one)
-    assert hits == ["1", "1"]
-    assert loaded == compiled
+    compiled, loaded = output("1"), output("4", "1")  # functions get the same numbers from Numba in both processes
+    width = VECTOR_BYTES // 4
+    assert compiled == [f"0 {width - 1} {2 * width - 1} {3 * width - 1} 0.0 10.0 35.0 60.0"]
+    assert loaded[1] == "1" + compiled[0][1:]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
