@@ -35,7 +35,7 @@ DEEPBENCH = {
 _PROBLEM = ("cell", "steps", "batch", "input_size", "hidden_size", "scope", "dtype", "device", "threads")
 
 #: Visits among which the rounds of a problem are split, and the bytes that problems may hold between them.
-VISITS, GROUP_BYTES = 4, 2**30
+VISITS, GROUP_BYTES = 8, 2**30
 
 Row = dict[str, Any]
 
@@ -90,12 +90,13 @@ def compare(
 
     Every implementation is first checked against our float64 result; one that is wrong is not timed. `seconds` is the
     time of the interleaved rounds of one problem. A machine is slower for seconds at a time: the rounds are split into
-    visits between which the other problems have their turn. `progress` makes a tqdm-like bar.
+    visits, between which the other problems have their turn. `progress` makes a tqdm-like bar.
 
     Columns: the problem (cell, steps, batch, input_size, hidden_size, scope, dtype, device, threads); implementation;
     status ("ok", or why there is no time); error (relative, against float64) and tolerance; milliseconds with
-    quartiles; ratio (its time / ours, paired) with quartiles; flops_per_byte, gflops_per_second and the machine's
-    measured peak and bandwidth; peak_share and roofline_share (of the bound max(FLOPs / peak, bytes / bandwidth)).
+    quartiles; ratio (its time / ours, median over visits of their medians' ratio) with quartiles; flops_per_byte,
+    gflops_per_second and the machine's measured peak and bandwidth; peak_share and roofline_share (of the bound
+    max(FLOPs / peak, bytes / bandwidth)).
 
     Raises ValueError for an unknown peer, DeviceNotAvailable without the device.
     """
@@ -106,18 +107,19 @@ def compare(
     with (progress or partial(tqdm, disable=True))(total=len(todo)) as bar:
         for group in _groups(todo):
             checked = [_check(problem, peers) for problem in group]
-            times: list[dict[str, Seconds]] = [{} for _ in group]
+            times: list[dict[str, list[Seconds]]] = [{name: [] for name in runs} for runs, _, _ in checked]
             for visit in range(VISITS):
-                for problem, (runs, _, _), before in zip(group, checked, times, strict=True):
+                for problem, (runs, _, _), visits in zip(group, checked, times, strict=True):
                     clock = cuda_clock if problem.device == "cuda" else wall_clock
-                    now = interleave(runs, seconds=seconds / VISITS, rounds=(3, 200), clock=clock)
-                    before |= {name: np.append(before.get(name, []), spent) for name, spent in now.items()}
+                    now = interleave(runs, seconds=seconds / VISITS, rounds=(1, 200), clock=clock)
+                    for name, spent in now.items():
+                        visits[name].append(spent)
                     bar.update(visit == VISITS - 1)
-            for problem, (_, status, errors), spent in zip(group, checked, times, strict=True):
+            for problem, (_, status, errors), visits in zip(group, checked, times, strict=True):
                 key = (problem.storage, problem.threads)
                 if key not in limits:
                     limits[key] = peak_flops(problem.storage, problem.threads), bandwidth(problem.threads)
-                rows += _rows(problem, status, errors, spent, limits[key])
+                rows += _rows(problem, status, errors, visits, limits[key])
     return pd.DataFrame(rows)
 
 
@@ -165,7 +167,7 @@ def _rows(
     problem: Problem,
     status: dict[str, str],
     errors: dict[str, float],
-    times: dict[str, Seconds],
+    times: dict[str, list[Seconds]],
     limits: tuple[float, float],
 ) -> Iterator[Row]:
     shape, counted = problem.shape, "forward" if problem.scope == "forward" else "training"
@@ -187,7 +189,7 @@ def _rows(
             "tolerance": tolerance(problem),
         }
         if name in times:
-            spent = pd.Series(times[name]).quantile([0.5, 0.25, 0.75]).tolist()
+            spent = pd.Series(np.concatenate(times[name])).quantile([0.5, 0.25, 0.75]).tolist()
             row |= dict(
                 zip(("milliseconds", "low_milliseconds", "high_milliseconds"), (1e3 * s for s in spent), strict=True)
             )
@@ -200,7 +202,7 @@ def _rows(
                 "roofline_share": roofline_seconds(flops, moved, *limits) / spent[0],
             }
         if name in times and "rnnlab" in times:
-            paired = ratio(times["rnnlab"], times[name])
+            paired = ratio(*(np.array([np.median(spent) for spent in times[who]]) for who in ("rnnlab", name)))
             row |= {"ratio": paired.median, "low_ratio": paired.low, "high_ratio": paired.high}
         yield row
 

@@ -33,7 +33,7 @@ _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A paired ratio: the median over rounds of peer's time / our time, and its quartiles."""
+    """A paired ratio: the median over pairs of peer's time / our time, and its quartiles."""
 
     median: float
     low: float
@@ -125,7 +125,7 @@ def _repeated(call: Callable[[], Any], count: int, clock: Clock) -> float:
 
 
 def ratio(ours: Seconds, peer: Seconds) -> Ratio:
-    """Return peer / ours, paired round by round, so that what slows a whole round cancels. Above 1, ours is faster."""
+    """Return peer / ours, pair by pair, so that what slows both of a pair cancels. Above 1, ours is faster."""
     low, median, high = np.quantile(peer / ours, [0.25, 0.5, 0.75])
     return Ratio(float(median), float(low), float(high))
 
