@@ -2,6 +2,7 @@
 
 from .cells import CELLS
 from .gradients import Decay, GradientFlow, gradient_flow
+from .inference import Inference
 from .model import LossGradients, SequenceModel
 from .rnn import GRU, LSTM, RNN, Gradients, Recurrent, Trace
 from .training import StepResult, TrainingStep
@@ -14,6 +15,7 @@ __all__ = [
     "Decay",
     "GradientFlow",
     "Gradients",
+    "Inference",
     "LossGradients",
     "Recurrent",
     "SequenceModel",

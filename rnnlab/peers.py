@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .checks import generator
 from .costs import Shape
+from .inference import Inference
 from .kernels import DeviceNotAvailable
 from .model import SequenceModel
 from .rnn import Recurrent
@@ -154,7 +155,8 @@ def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
         return Run(step, lambda: kept[0])
     net = problem.network(dtype)
     if problem.scope == "forward":
-        return Run(lambda: net.forward(x, keep=False), lambda: {"output": net.forward(x, keep=False).output})
+        run = Inference(net, *x.shape[:2])
+        return Run(lambda: run(x), lambda: {"output": run(x)[0]})
 
     def train() -> Any:
         trace = net.forward(x)

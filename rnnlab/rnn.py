@@ -181,7 +181,7 @@ class Recurrent:
         past = None if lengths is None else lambda x: past_end(lengths, x)
         x = check_array("x", x, ("T", "B", self.input_size), self.dtype, past=past)
         steps = check_lengths("lengths", lengths, x.shape[1], x.shape[0])
-        return x, self._stack_state("state", state, x.shape[1]), steps
+        return x, self.stack_state("state", state, x.shape[1]), steps
 
     def _run(self, x: Array, initial: Array, steps: NDArray[np.int64], training: bool, keep: bool) -> Trace:
         """Do what `forward` does from a stacked state (S, L·D, B, H), unchecked; a sequence may be empty here."""
@@ -211,7 +211,7 @@ class Recurrent:
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
         last = [trace.state[:, T] for trace in layers]
-        final = self._unstack_state(last[0][:, None].copy() if len(last) == 1 else np.stack(last, axis=1))
+        final = self.unstack_state(last[0][:, None].copy() if len(last) == 1 else np.stack(last, axis=1))
         return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks, keep)
 
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
@@ -224,7 +224,7 @@ class Recurrent:
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
         past = (lambda d: past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
         d_output = check_array("d_output", d_output, shape, self.dtype, past=past)
-        self._stack_state("d_final", d_final, shape[1])
+        self.stack_state("d_final", d_final, shape[1])
         return self.gradients(trace, d_output, d_final)
 
     def gradients(self, run: Trace | Checkpoints, d_output: Array | None, d_final: State | None = None) -> Gradients:
@@ -236,7 +236,7 @@ class Recurrent:
         d_output = np.zeros_like(run.output) if d_output is None else d_output
         layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
-        initial = self._unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
+        initial = self.unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
 
     def backpropagate(
@@ -254,7 +254,7 @@ class Recurrent:
         are arrays of zeros for dL/d weights. Nothing is checked: `gradients` and gradient analysis stand on this.
         """
         T, B, _ = trace.output.shape
-        d_last = self._stack_state("d_final", None, B) if d_final is None else _stack(d_final)
+        d_last = self.stack_state("d_final", None, B) if d_final is None else _stack(d_final)
         exponent = np.zeros((T, B), np.int64) if scaled else None
         H = self.hidden_size
         gradients: list[LayerGradients] = []
@@ -306,7 +306,7 @@ class Recurrent:
             states.append(_stack(trace.final))
             if outputs:
                 output[part] = trace.output
-        return Checkpoints(x, steps, stride, states, output if outputs else None, self._unstack_state(states[-1]))
+        return Checkpoints(x, steps, stride, states, output if outputs else None, self.unstack_state(states[-1]))
 
     def recompute(
         self, checkpoints: Checkpoints, d_output: Array | None = None, d_final: State | None = None
@@ -318,7 +318,7 @@ class Recurrent:
         T, B, _ = checkpoints.x.shape
         if d_output is not None:
             d_output = check_array("d_output", d_output, (T, B, self.hidden_size), self.dtype)
-        self._stack_state("d_final", d_final, B)
+        self.stack_state("d_final", d_final, B)
         return self.gradients(checkpoints, d_output, d_final)
 
     def _gradients_between(self, run: Checkpoints, d_output: Array | None, d_final: State | None) -> Gradients:
@@ -329,9 +329,7 @@ class Recurrent:
             trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
             layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into)
-            d_final = self._unstack_state(
-                np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))])
-            )
+            d_final = self.unstack_state(np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))]))
         assert d_final is not None
         return Gradients(gradients, dx, [], [], d_final)
 
@@ -391,7 +389,7 @@ class Recurrent:
             weights.append(np.zeros(0, self.dtype))
         return LayerWeights(*weights)
 
-    def _stack_state(self, name: str, state: State | None, batch: int) -> Array:
+    def stack_state(self, name: str, state: State | None, batch: int) -> Array:
         """Return a state or its gradient as (S, L·D, B, H)."""
         S, shape = len(self.cell.states), (self.num_layers * self.directions, batch, self.hidden_size)
         if state is None:
@@ -404,7 +402,8 @@ class Recurrent:
         pairs = zip(self.cell.states, state, strict=True)
         return np.stack([check_array(f"{name} {part}", value, shape, self.dtype) for part, value in pairs])
 
-    def _unstack_state(self, stacked: Array) -> State:
+    def unstack_state(self, stacked: Array) -> State:
+        """Return the state, in the form of `Trace.final`, that `stack_state` stacks."""
         return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])
 
 

@@ -61,7 +61,7 @@ class TrainingStep:
         # Gradients of biases that a network does not have go to arrays that nobody reads.
         weights, into = net.weights(0), net.weights(0, parts["rnn"])
         forward, trace = cpu.prepare_forward(net.cell, self._x, weights, zero, self._lengths, True)
-        backward, gradients = cpu.prepare_backward(net.cell, trace, weights, d_output, zero, None, into)
+        backward, gradients = cpu.prepare_backward(net.cell, trace, weights, d_output, zero, None, into, inputs=False)
         # Without a loss at every step the last state of a sequence is read: it is held until slot T.
         features, d_features = (trace.state[0, 1:], d_output) if every else (trace.state[0, T], gradients.state[0, T])
         N = features.size // H

@@ -319,11 +319,12 @@ def test_tiles_cover_every_row_and_unit_once(group, one_row):
         for U in range(1, 2 * most + 2):
             for first, last in ((0, U), (products.share(U, most, 1, 2), U)):
                 table = np.zeros((U * rows + 1, 4), np.int64)
-                count = products.list_tiles(table, 2, 2 + rows, first, last, U, most, group)
+                vectors = 24 // group
+                count = products.list_tiles(table, 2, 2 + rows, first, last, U, most, vectors)
                 covered = np.zeros((U, rows + 3), int)
                 for unit, width, row, height in table[:count]:
                     assert width == width_at(unit, U, most)
-                    assert width * height * group <= products.ACCUMULATORS
+                    assert width * height <= vectors
                     covered[unit : unit + width, row : row + height] += 1
                 assert (table[count:] == 0).all()
                 want = np.zeros_like(covered)

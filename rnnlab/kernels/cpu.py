@@ -26,6 +26,7 @@ from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .calls import job
 from .compiling import cached, part
 from .panels import (
+    VECTORS,
     backward_panel,
     backward_reset,
     backward_step,
@@ -57,7 +58,7 @@ from .simd import VECTOR_BYTES, address
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
 
 __all__ = ["Call", "backward", "chunk_steps", "direct", "forward", "jacobian", "prepare_backward", "prepare_forward"]
-__all__ += ["warmup"]
+__all__ += ["repeat", "warmup"]
 
 #: Rows (steps times batch) in a chunk.
 _CHUNK = 256
@@ -107,7 +108,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk,
+            x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk, packed,
         ) = arguments  # fmt: skip
         PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, PACKED_LAST, SUMS, LAST_SUM, _ = places
         T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
@@ -118,9 +119,10 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
         of_peepholes, of_units = (units * V, 0, V), (0, units * V, V)
 
-        pack(arguments, most, most_last, rank, parties)
-        if parties > 1:
-            wait_for_all(counter, parties)
+        if not packed:
+            pack(arguments, most, most_last, rank, parties)
+            if parties > 1:
+                wait_for_all(counter, parties)
         u0, u1 = _shares(units, most, rank, parties)
         v0, v1 = _shares(units, MANY, rank, parties)
         w0, w1 = _shares(units, most_last, rank, parties)
@@ -132,8 +134,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
             v0, v1 = u0, u1
         shortest = lengths.min()
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
-        first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, G)
-        last_count = list_tiles(last_tiles, first, last, w0, w1, units, most_last, LAST_G)
+        first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS)
+        last_count = list_tiles(last_tiles, first, last, w0, w1, units, most_last, VECTORS)
 
         for t0 in range(0, T, chunk):
             steps = min(chunk, T - t0)
@@ -352,7 +354,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
             wait_for_all(counter, parties)
         first, last = (0, B) if by_units else (B * rank // parties, B * (rank + 1) // parties)
         u0, u1 = _shares(units, most, rank, parties) if by_units else (0, units)
-        shortest, count = lengths.min(), list_tiles(tiles, first, last, u0, u1, units, most, 1)
+        shortest, count = lengths.min(), list_tiles(tiles, first, last, u0, u1, units, most, VECTORS)
 
         after = 0  # where dah of the step behind lies
         for c in range((T + chunk - 1) // chunk - 1, -1, -1):
@@ -498,14 +500,14 @@ def _chunk_gradients(cell: Cell, dtype, scaled: bool):
         x, state, reset_h, dx = arguments[0], arguments[7], arguments[9], arguments[12]
         d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole, work, places, panels, _, chunk = arguments[13:]
         PACKED_IH, _, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, _, _, ZERO = places[:8]
-        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
+        T, B, I, H, inputs = x.shape[0], x.shape[1], x.shape[2], state.shape[3], dx.shape[2]
         units, panel = (H + V - 1) // V, panels[rank]
         row, begin, t0 = units * G * V, c % 2 * chunk * B, c * chunk
         dax, dah, dp = CHUNK_DAX + begin * row, CHUNK_DAH + begin * row, CHUNK_DP + begin * P * units * V
         rows, strips = min(chunk, T - t0) * B, _shares(units * G, 1, rank, parties)
         r0, r1 = rows * rank // parties, rows * (rank + 1) // parties
         dx_rows(
-            dx.reshape(-1), (t0 * B + r0) * I, I, address(work, ZERO), address(work, dax + r0 * row), row,
+            dx.reshape(-1), (t0 * B + r0) * inputs, inputs, address(work, ZERO), address(work, dax + r0 * row), row,
             address(work, PACKED_IH), G * H, r1 - r0, panel,
         )  # fmt: skip
         if not SCALED:
@@ -623,10 +625,18 @@ def prepare_forward(
     parties, by_units = plan(cell, T, B, I, H, dtype)
     arguments = (
         x, *weights, lengths, states, saved, reset_h,
-        *_rooms(places, parties, forward_panel(cell, V)[1][-1], B, H, dtype), chunk,
+        *_rooms(places, parties, forward_panel(cell, V)[1][-1], B, H, dtype), chunk, False,
     )  # fmt: skip
     call = Call(_forward_kernel(cell, dtype, keep), arguments, parties, by_units)
     return call, LayerTrace(cell.name, x, states, saved, reset_h, lengths)
+
+
+def repeat(call: Call, x: Array, states: Array) -> Call:
+    """Return a call of `prepare_forward`, once it has run, on other inputs and states, its weights packed as they are.
+
+    x (T, B, I) and states (S, T+1, B, H), slot 0 given, are of the same shapes, and C-contiguous.
+    """
+    return call._replace(arguments=(x, *call.arguments[1:7], states, *call.arguments[8:-1], True))
 
 
 def backward(
@@ -657,11 +667,15 @@ def prepare_backward(
     d_final: Array,
     d_output_exponent: NDArray[np.int64] | None,
     into: LayerWeights | None,
+    inputs: bool = True,
 ) -> tuple[Call, LayerGradients]:
-    """Return what `backward` runs, and the gradients that it fills; from then on d_final is slot T of their state."""
+    """Return what `backward` runs, and the gradients that it fills; from then on d_final is slot T of their state.
+
+    Without `inputs` there is no dL/dx: it has no columns.
+    """
     (T, B, H), I, S, dtype = d_output.shape, trace.x.shape[2], len(cell.states), d_output.dtype
     V, scaled = VECTOR_BYTES // dtype.itemsize, d_output_exponent is not None
-    d_state, dx = empty((S, T + 1, B, H), dtype), empty((T, B, I), dtype)
+    d_state, dx = empty((S, T + 1, B, H), dtype), empty((T, B, I if inputs else 0), dtype)
     d_state[:, T] = d_final
     exponent = np.zeros((T + 1 if scaled else 0, B), np.int64)
     if into is None:

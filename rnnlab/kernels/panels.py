@@ -12,10 +12,11 @@ import numpy as np
 from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part
-from .products import ACCUMULATORS, blocks
+from .products import blocks, rows_at
 from .simd import address, move, prefetch
 
 __all__ = [
+    "VECTORS",
     "backward_panel",
     "backward_reset",
     "backward_step",
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 
+#: Vectors in a region: those that the product of one gate leaves, by as many register tiles as it takes.
+VECTORS = 24
+
+
 def regions(*sizes: int) -> tuple[int, ...]:
     """Return where each of the regions begins that follow each other, and where the last one ends."""
     return tuple(sum(sizes[:k]) for k in range(len(sizes) + 1))
@@ -47,7 +52,7 @@ def numbers_saved(cell: Cell) -> int:
 def forward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region, and the regions: gate sums, ax where it is apart, peephole, states, saved."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    size = V * (ACCUMULATORS // (1 if cell.reset else G))
+    size = V * VECTORS
     return size, regions(*(size * n for n in (G, 0 if cell.joint else G, P, S, S, numbers_saved(cell))))
 
 
@@ -55,7 +60,7 @@ def forward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
 def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region, and the regions: dL/dstate, direct part, saved, peephole; what comes of them."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    size = V * ACCUMULATORS
+    size = V * VECTORS
     return size, regions(*(size * n for n in (S, 1, numbers_saved(cell), P, G, G, P, S, S)))
 
 
@@ -125,18 +130,21 @@ def store_gates(V):
 def tile_product(group, dtype, V, region):
     """Build the product of a tile of rows of `a` with packed panels of `group` gates, gate g at panel[to + g·region].
 
-    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`.
+    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`, which takes the rows in turn.
     """
     block = blocks(group, dtype)
 
     @part(group, dtype, region)
     def product(panel, to, start, s0, s_row, a, a0, a_row, packed, b0, depth, tile):
-        unit, width, row, rows = tile
-        block(
-            width, address(panel, to), width * V, V, region,
-            address(start, s0 + row * s_row + unit * group * V), s_row, address(a, a0 + row * a_row), a_row, 1,
-            address(packed, b0 + unit * group * V * depth), depth, rows,
-        )  # fmt: skip
+        unit, width, row, last = tile[0], tile[1], tile[2], tile[2] + tile[3]
+        while row < last:
+            rows = rows_at(width, group, last - row)
+            block(
+                width, address(panel, to), width * V, V, region,
+                address(start, s0 + row * s_row + unit * group * V), s_row, address(a, a0 + row * a_row), a_row, 1,
+                address(packed, b0 + unit * group * V * depth), depth, rows,
+            )  # fmt: skip
+            row, to = row + rows, to + rows * width * V
 
     return product
 

@@ -1,0 +1,48 @@
+"""Prepared inference: the numbers of `Recurrent.forward`, weights as they were, and what it refuses."""
+
+import numpy as np
+import pytest
+from conftest import parts_of, random_network, random_state
+
+from rnnlab import CELLS, LSTM, Inference
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("T", "B", "layers", "bidirectional"), [(7, 1, 1, False), (5, 4, 2, True)])
+def test_outputs_are_those_of_forward(cell, T, B, layers, bidirectional):
+    net, _ = random_network(cell, 3, 21, layers, bidirectional=bidirectional, dtype="float32")
+    run, rng, state = Inference(net, T, B), np.random.default_rng(0), None
+    for _ in range(3):
+        x = rng.normal(size=(T, B, 3)).astype("float32")
+        want = net.forward(x, state, keep=False)
+        output, state = run(x, state)
+        np.testing.assert_array_equal(output, want.output)
+        for mine, right in zip(parts_of(state), parts_of(want.final), strict=True):
+            np.testing.assert_array_equal(mine, right)
+
+
+def test_weights_and_earlier_outputs_stay_as_they_were():
+    net = LSTM(3, 20, seed=0)
+    run, x = Inference(net, 6, 2), np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
+    first = run(x)[0]
+    before = first.copy()
+    net.params.flat[...] *= 2
+    np.testing.assert_array_equal(run(x)[0], before)
+    run(-x)
+    np.testing.assert_array_equal(first, before)
+    assert (Inference(net, 6, 2)(x)[0] != before).any()
+
+
+def test_bad_arguments_are_named():
+    net = LSTM(3, 4, seed=0)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):
+        Inference(net, 0, 2)
+    run, x = Inference(net, 6, 2), np.zeros((6, 2, 3), "float32")
+    with pytest.raises(ValueError, match=r"x must have shape \(6, 2, 3\).*got \(5, 2, 3\)"):
+        run(x[1:])
+    with pytest.raises(TypeError, match="x must have dtype float32, got float64"):
+        run(x.astype(float))
+    with pytest.raises(ValueError, match="x must be finite"):
+        run(np.full_like(x, np.nan))
+    with pytest.raises(TypeError, match=r"state of lstm must be a tuple \(h, c\)"):
+        run(x, random_state(np.random.default_rng(0), net, 2)[0])
