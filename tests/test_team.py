@@ -18,7 +18,7 @@ from numba import njit
 
 from rnnlab import CELLS
 from rnnlab.kernels import LayerWeights, cpu, team
-from rnnlab.kernels.calls import job
+from rnnlab.kernels.calls import borrow, job
 from rnnlab.kernels.simd import VECTOR_BYTES
 from rnnlab.timing import usable_cores
 
@@ -302,6 +302,22 @@ def test_kernels_stay_in_bounds_and_read_nothing_unset(monkeypatch, cell, dtype)
             for mine, right in zip(got, want, strict=True):
                 assert np.isfinite(mine).all()
                 np.testing.assert_array_equal(mine, right)
+
+
+def test_borrowed_arrays_are_the_same_memory_and_leave_no_reference():
+    @njit
+    def write(arguments, value):
+        number, (array, _) = borrow(arguments)
+        part = array[1:]
+        part[0] = value
+        return number
+
+    array = np.zeros(3)
+    before = sys.getrefcount(array)
+    for value in range(5):
+        assert write((7, (array, 1.5)), value) == 7
+    assert array.tolist() == [0, 4, 0]
+    assert sys.getrefcount(array) == before
 
 
 # Two processes and one cache ------------------------------------------------------------------------------------------

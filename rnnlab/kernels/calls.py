@@ -7,7 +7,7 @@ from numba import typeof
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["call", "draw_ticket", "entry", "invoke", "job", "tickets_drawn"]
+__all__ = ["borrow", "call", "draw_ticket", "entry", "invoke", "job", "tickets_drawn"]
 
 
 def _counter(builder, values):
@@ -33,6 +33,29 @@ def tickets_drawn(typing_context, counter):
         return builder.load_atomic(_counter(builder, values), "acquire", 8)
 
     return types.int64(types.intp), generate
+
+
+@intrinsic
+def borrow(typing_context, values):
+    """Return a tuple as it is, but with arrays whose references are not counted; something else must keep them alive.
+
+    The count of an array stands in one place: threads that share it would wait for each other at every function call.
+    """
+
+    def uncounted(context, builder, kind, value):
+        if isinstance(kind, types.Array):
+            array = context.make_array(kind)(context, builder, value)
+            array.meminfo = ir.Constant(array.meminfo.type, None)
+            return array._getvalue()
+        if isinstance(kind, types.BaseTuple):
+            items = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
+            return context.make_tuple(builder, kind, [uncounted(context, builder, *item) for item in items])
+        return value
+
+    def generate(context, builder, signature, arguments):
+        return uncounted(context, builder, values, arguments[0])
+
+    return values(values), generate
 
 
 @intrinsic

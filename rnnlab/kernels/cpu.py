@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
-from .calls import job
+from .calls import borrow, job
 from .compiling import cached, part
 from .panels import (
     VECTORS,
@@ -79,11 +79,15 @@ def _shares(count, most, rank, parties):
 
 @lru_cache(1024)
 def _forward_work(cell: Cell, V: int, I: int, H: int, rows: int, B: int) -> tuple[int, ...]:
-    """Regions of the work space: packed weights, biases, peepholes; ax of a chunk; for a reset W_hn and sums."""
+    """Regions of the work space: packed weights, biases, peepholes; ax of a chunk; states; for a reset W_hn and sums.
+
+    Two threads that write to one cache line wait for each other at every step: states are carried on in padded rows.
+    """
     G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
     row = -(-H // V) * V
     inputs = G * row * I, G * row * H, G * row, G * row, P * row, rows * G * row
-    return regions(*inputs, RESET * H * row, RESET * B * G * row, RESET * B * row)
+    carried = 2 * len(cell.states) * B * row
+    return regions(*inputs, carried, RESET * H * row, RESET * B * G * row, RESET * B * row)
 
 
 @cache
@@ -106,18 +110,19 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
     def forward(arguments, counter, mails, parties, by_units, rank):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
+        arguments, counter, mails = borrow((arguments, counter, mails))
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
             x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk, packed,
         ) = arguments  # fmt: skip
-        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, PACKED_LAST, SUMS, LAST_SUM, _ = places
+        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, CARRIED, PACKED_LAST, SUMS, LAST_SUM, _ = places
         T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
         units = (H + V - 1) // V
         row, most, most_last = units * G * V, SINGLE if B == 1 else MANY, SINGLE_LAST if B == 1 else MANY_LAST
         panel, flat_x, flat_state = panels[rank], x.reshape(-1), state.reshape(-1)
         flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
         of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
-        of_peepholes, of_units = (units * V, 0, V), (0, units * V, V)
+        of_peepholes, of_carried = (units * V, 0, V), (B * units * V, units * V, V)
 
         if not packed:
             pack(arguments, most, most_last, rank, parties)
@@ -136,6 +141,9 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
         first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS)
         last_count = list_tiles(last_tiles, first, last, w0, w1, units, most_last, VECTORS)
+        for k in range(last_count):
+            load_rows(panel, OLD, R, flat_state, 0, S, of_state, _tile(last_tiles, k), H)
+            store(panel, OLD, R, work, CARRIED, S, of_carried, _tile(last_tiles, k), H)
 
         for t0 in range(0, T, chunk):
             steps = min(chunk, T - t0)
@@ -147,21 +155,22 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                     address(flat_x, (t0 * B + at) * I), I, address(work, PACKED_IH), I, rows, v0, v1, units,
                 )  # fmt: skip
             for t in range(t0, t0 + steps):
-                old, ax, kept = t * B * H, CHUNK_AX + (t - t0) * B * row, t * units * B * KS * V
-                reset_at = old if KEEP else 0
-                if by_units and t > 0:
+                old = CARRIED + t % 2 * S * B * units * V
+                new = CARRIED + (t + 1) % 2 * S * B * units * V
+                ax, kept, reset_at = CHUNK_AX + (t - t0) * B * row, t * units * B * KS * V, t * B * H if KEEP else 0
+                if by_units:
                     wait_for_all(counter, parties)
                 if RESET:
                     for k in range(first_count):  # with a reset: all that comes before the product with r ∘ h
                         tile = _tile(first_tiles, k)
-                        gate_sums(panel, SUM, work, ax, row, flat_state, old, H, work, PACKED_HH, H, tile)
-                        load_rows(panel, OLD, R, flat_state, old, 1, of_state, tile, H)
+                        gate_sums(panel, SUM, work, ax, row, work, old, units * V, work, PACKED_HH, H, tile)
+                        load(panel, OLD, R, work, old, 1, of_carried, tile, H)
                         reset_panel(panel, tile[1] * tile[3] * V)
                         store_rows(panel, NEW, R, flat_reset, reset_at, 1, of_state, tile, H)
                         if KEEP:
                             store(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
                         store(panel, SUM, R, work, SUMS, G - 1, of_gates, tile, H)
-                        store(panel, SUM + (G - 1) * R, R, work, LAST_SUM, 1, of_units, tile, H)
+                        store(panel, SUM + (G - 1) * R, R, work, LAST_SUM, 1, of_carried, tile, H)
                     if by_units:
                         wait_for_all(counter, parties)
                 for k in range(last_count):
@@ -176,17 +185,23 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         load(panel, SUM, R, work, SUMS, G - 1, of_gates, tile, H)
                     else:
                         begin, stride = (ax, row) if JOINT else (BIAS_HH, 0)
-                        last_sums(panel, SUM, work, begin, stride, flat_state, old, H, work, PACKED_HH, H, tile)
+                        last_sums(panel, SUM, work, begin, stride, work, old, units * V, work, PACKED_HH, H, tile)
                     load(panel, AX, R, work, ax, 0 if JOINT else G, of_gates, tile, H)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
-                    load_rows(panel, OLD, R, flat_state, old, S, of_state, tile, H)
+                    load(panel, OLD, R, work, old, S, of_carried, tile, H)
                     step_panel(panel, tile[1] * tile[3] * V)
-                    store_rows(panel, NEW, R, flat_state, old + B * H, S, of_state, tile, H)
+                    store(panel, NEW, R, work, new, S, of_carried, tile, H)
+                    store_rows(panel, NEW, R, flat_state, (t + 1) * B * H, S, of_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
                     for b in range(tile[2], tile[2] + tile[3] if t >= shortest else 0):
                         if t >= lengths[b]:  # past the end of a sequence its state is held
-                            _hold(state, saved, tile, t, b, V, KEEP)
+                            one = tile[0], tile[1], b, 1
+                            load(panel, OLD, R, work, old, S, of_carried, one, H)
+                            store(panel, OLD, R, work, new, S, of_carried, one, H)
+                            store_rows(panel, OLD, R, flat_state, (t + 1) * B * H, S, of_state, one, H)
+                            if KEEP:
+                                saved[t, tile[0] : tile[0] + tile[1], b] = 0
         wait_until_done(mails, parties, rank)
 
     return forward
@@ -201,7 +216,7 @@ def _forward_pack(cell: Cell, dtype):
     @part(cell.name, dtype)
     def pack(arguments, most, most_last, rank, parties):
         _, weight_ih, weight_hh, bias_ih, bias_hh, peephole, _, _, _, _, work, places = arguments[:12]
-        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, _, PACKED_LAST = places[:7]
+        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, _, _, PACKED_LAST = places[:8]
         H = weight_hh.shape[1]
         units = (H + V - 1) // V
         pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, *_shares(units, MANY, rank, parties))
@@ -214,18 +229,6 @@ def _forward_pack(cell: Cell, dtype):
             _pack_peepholes(work, PEEPHOLES, peephole, H)
 
     return pack
-
-
-@njit
-def _hold(state, saved, tile, t, b, V, keep):
-    """Set what a step of sequence b, which has ended before it, leaves of the units of a tile."""
-    first, last = tile[0] * V, min((tile[0] + tile[1]) * V, state.shape[3])
-    for s in range(state.shape[0]):
-        for j in range(first, last):
-            state[s, t + 1, b, j] = state[s, t, b, j]
-    if keep:
-        for u in range(tile[0], tile[0] + tile[1]):
-            saved[t, u, b] = 0
 
 
 @njit
@@ -333,6 +336,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
 
         `scaled` has an exponent for every step, and rescales the adjoint at each, see `_add_scaled`.
         """
+        arguments, counter, mails = borrow((arguments, counter, mails))
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
             _, d_output, d_output_exponent, _, _, _, lengths, _, saved, _, d_state, exponent, _, _, _,
