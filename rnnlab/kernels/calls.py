@@ -47,7 +47,7 @@ def borrow(typing_context, values):
             array = context.make_array(kind)(context, builder, value)
             array.meminfo = ir.Constant(array.meminfo.type, None)
             return array._getvalue()
-        if isinstance(kind, types.BaseTuple):
+        if isinstance(kind, types.Tuple | types.UniTuple):
             items = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
             return context.make_tuple(builder, kind, [uncounted(context, builder, *item) for item in items])
         return value
