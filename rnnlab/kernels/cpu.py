@@ -26,7 +26,6 @@ from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .calls import borrow, job
 from .compiling import cached, part
 from .panels import (
-    VECTORS,
     backward_panel,
     backward_reset,
     backward_step,
@@ -95,14 +94,10 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    JOINT, RESET, KEEP, LAST_G = cell.joint, cell.reset is not None, keep, 1 if cell.reset else G
+    VECTORS, JOINT, RESET, KEEP, LAST_G = R // V, cell.joint, cell.reset is not None, keep, 1 if cell.reset else G
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(LAST_G, one_row=True), panel_units(LAST_G)
-    all_steps, gate_sums, last_sums = (
-        multiply(G, dtype),
-        tile_product(G, dtype, V, R),
-        tile_product(LAST_G, dtype, V, R),
-    )
+    all_steps, gate_sums, last_sums = multiply(G, dtype), *(tile_product(n, dtype, V, R) for n in (G, LAST_G))
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = forward_step(cell, dtype, V, keep)
     reset_panel, pack = forward_reset(cell, dtype, V) if RESET else None, _forward_pack(cell, dtype)
@@ -322,7 +317,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
+    VECTORS, JOINT, RESET, SCALED = R // V, cell.joint, cell.reset is not None, scaled
     SINGLE, MANY = panel_units(1, one_row=not scaled), panel_units(1)  # `many_rows` takes no others
     through_weights, many_rows, store_da = tile_product(1, dtype, V, R), multiply(1, dtype), store_gates(V)
     pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, scaled)
@@ -490,12 +485,8 @@ def _backward_pack(cell: Cell, dtype):
 @cache
 def _chunk_gradients(cell: Cell, dtype, scaled: bool):
     """Build what follows a chunk of steps: dx, and (unless scaled) the gradients of weights, the part of one thread."""
-    G, P, V, HEAD = (
-        len(cell.gates),
-        len(cell.peepholes),
-        VECTOR_BYTES // dtype.itemsize,
-        len(cell.gates) - bool(cell.reset),
-    )
+    G, P, V = len(cell.gates), len(cell.peepholes), VECTOR_BYTES // dtype.itemsize
+    HEAD = G - bool(cell.reset)
     JOINT, RESET, SCALED = cell.joint, cell.reset is not None, scaled
     dx_rows, add_product = multiply_columns(dtype), add_transposed(dtype)
 
@@ -548,13 +539,8 @@ def _diagonals_kernel(cell: Cell, dtype):
     """Unit cotangents through `step_backward`: the diagonals of which the Jacobian is made."""
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     step_backward = cell.step_backward
-    take_saved, take_peepholes, take_states, put_gates, put_states = (
-        take_numbers(K),
-        take_numbers(P),
-        take_numbers(S),
-        put_numbers(G),
-        put_numbers(S),
-    )
+    take_saved, take_peepholes, take_states = map(take_numbers, (K, P, S))
+    put_gates, put_states = map(put_numbers, (G, S))
 
     @cached(f"{cell.name}-{dtype}", step_backward)
     def diagonals(saved, peephole, unit, d_ah, d_old):

@@ -13,10 +13,9 @@ from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part
 from .products import blocks, rows_at
-from .simd import address, move, prefetch
+from .simd import VECTOR_BYTES, address, move, prefetch
 
 __all__ = [
-    "VECTORS",
     "backward_panel",
     "backward_reset",
     "backward_step",
@@ -34,8 +33,8 @@ __all__ = [
 ]
 
 
-#: Vectors in a region: those that the product of one gate leaves, by as many register tiles as it takes.
-VECTORS = 24
+#: Bytes of a panel, which share the first-level cache with the weights of a tile; vectors of its regions at the least.
+_PANEL_BYTES, _VECTORS = 24 * 2**10, 24
 
 
 def regions(*sizes: int) -> tuple[int, ...]:
@@ -52,16 +51,20 @@ def numbers_saved(cell: Cell) -> int:
 def forward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region, and the regions: gate sums, ax where it is apart, peephole, states, saved."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    size = V * VECTORS
-    return size, regions(*(size * n for n in (G, 0 if cell.joint else G, P, S, S, numbers_saved(cell))))
+    return _panel(V, G, 0 if cell.joint else G, P, S, S, numbers_saved(cell))
 
 
 @cache
 def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region, and the regions: dL/dstate, direct part, saved, peephole; what comes of them."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    size = V * VECTORS
-    return size, regions(*(size * n for n in (S, 1, numbers_saved(cell), P, G, G, P, S, S)))
+    return _panel(V, S, 1, numbers_saved(cell), P, G, 0 if cell.joint else G, P, S, S)
+
+
+def _panel(V: int, *numbers: int) -> tuple[int, tuple[int, ...]]:
+    """Return the size of a region and where each begins, given how many of the same kind follow each other."""
+    vectors = max(1, _PANEL_BYTES // (VECTOR_BYTES * sum(numbers) * _VECTORS)) * _VECTORS
+    return V * vectors, regions(*(V * vectors * n for n in numbers))
 
 
 # To and from memory -------------------------------------------------------------------------------------------------
@@ -191,13 +194,8 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
     """Build the loop of `step` over a panel."""
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    take_gates, take_peepholes, take_states, put_states, put_saved = (
-        take_numbers(G),
-        take_numbers(P),
-        take_numbers(S),
-        put_numbers(S),
-        put_numbers(K),
-    )
+    take_gates, take_peepholes, take_states = map(take_numbers, (G, P, S))
+    put_states, put_saved = map(put_numbers, (S, K))
     step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
 
     @_loop(cell.name, dtype, keep)
@@ -217,13 +215,8 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
 def forward_reset(cell: Cell, dtype, V: int):
     """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
     R, (SUM, _, _, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    reset, nothing, take, put, put_kept = (
-        cell.reset[0],
-        dtype.type(-0.0),
-        take_numbers(1),
-        put_numbers(1),
-        put_numbers(2),
-    )
+    reset, nothing = cell.reset[0], dtype.type(-0.0)
+    take, put, put_kept = take_numbers(1), put_numbers(1), put_numbers(2)
 
     @_loop(cell.name, dtype)
     def forward_reset(panel, count):
@@ -240,18 +233,8 @@ def backward_step(cell: Cell, V: int, scaled: bool):
     """Build the loop of `step_backward` over a panel."""
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    take_saved, take_peepholes, take_states, take_direct = (
-        take_numbers(K),
-        take_numbers(P),
-        take_numbers(S),
-        take_numbers(1),
-    )
-    put_gates, put_peepholes, put_states, put_h = (
-        put_numbers(len(cell.gates)),
-        put_numbers(P),
-        put_numbers(S),
-        put_numbers(1),
-    )
+    take_saved, take_peepholes, take_states, take_direct = map(take_numbers, (K, P, S, 1))
+    put_gates, put_peepholes, put_states, put_h = map(put_numbers, (len(cell.gates), P, S, 1))
     step_backward, JOINT, SCALED = cell.step_backward, cell.joint, scaled
 
     @_loop(cell.name, V, scaled)

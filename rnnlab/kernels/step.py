@@ -59,12 +59,8 @@ def _squares(values):
 @cache
 def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
     V = VECTOR_BYTES // dtype.itemsize
-    most, rows_times, columns_times, add_product = (
-        panel_units(1),
-        multiply(1, dtype),
-        multiply_columns(dtype),
-        add_transposed(dtype),
-    )
+    most, rows_times = panel_units(1), multiply(1, dtype)
+    columns_times, add_product = multiply_columns(dtype), add_transposed(dtype)
 
     @cached(f"{name}-{dtype}", row)
     def step(codes, forward, backward, readout, work, carried, weights, gradient, rate, threshold):
