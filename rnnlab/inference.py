@@ -34,7 +34,7 @@ class Inference:
             x = np.zeros((T, B, weights.weight_ih.shape[1]), net.dtype)
             call, _ = cpu.prepare_forward(net.cell, x, weights, start, lengths, False)
             run_together(*call)
-            self._calls.append(call)
+            self._calls.append(cpu.repeat(call, x[:0].copy(), np.empty((S, 0, B, net.hidden_size), net.dtype)))
 
     def __call__(self, x: Array, state: State | None = None) -> tuple[Array, State]:
         """Return (output, last state), see the class. Raises as `Recurrent.forward`."""

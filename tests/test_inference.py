@@ -33,6 +33,13 @@ def test_weights_and_earlier_outputs_stay_as_they_were():
     assert (Inference(net, 6, 2)(x)[0] != before).any()
 
 
+def test_what_is_kept_does_not_grow_with_the_steps():
+    net = LSTM(3, 20, seed=0)
+    runs = [Inference(net, steps, 2) for steps in (1000, 2000)]
+    short, long = ([array.nbytes for array in run._calls[0].arguments if hasattr(array, "nbytes")] for run in runs)
+    assert short == long
+
+
 def test_bad_arguments_are_named():
     net = LSTM(3, 4, seed=0)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):

@@ -328,7 +328,6 @@ import numpy as np
 from rnnlab.kernels.compiling import cached
 from rnnlab.kernels.products import multiply
 from rnnlab.kernels.simd import VECTOR_BYTES, address
-from rnnlab.kernels.team import empty
 
 dtype = np.dtype("float32")
 
