@@ -3,6 +3,8 @@
 import numpy as np
 
 from rnnlab import Recurrent, SequenceModel, TrainingStep
+from rnnlab.clipping import ByGlobalNorm
+from rnnlab.optim import SGD
 
 from . import shapes
 
@@ -17,7 +19,7 @@ class Steps:
         rng = np.random.default_rng(0)
         model = SequenceModel(Recurrent(cell, 2, 50, dtype=dtype, seed=0), 10, seed=0)
         self.arguments = rng.normal(size=(100, 20, 2)).astype(dtype), rng.integers(10, size=20)
-        self.step = TrainingStep(model, 100, 20, learning_rate=1e-3, clip_norm=1.0)
+        self.step = TrainingStep(model, 100, 20, SGD(1e-3), ByGlobalNorm(1.0))
         self.step(*self.arguments)
 
     def time_T100_B20_I2_H50(self, cell, dtype):

@@ -142,6 +142,7 @@ class SequenceModel:
         state: State | None = None,
         training: bool = False,
         checkpoint: int | Literal["sqrt"] | None = None,
+        clip: Any = None,
     ) -> LossGradients:
         """Return the mean loss over all scored predictions and its exact gradients.
 
@@ -150,10 +151,13 @@ class SequenceModel:
         where None). The loss and gradients of a network that has diverged are not finite. With `checkpoint` (a number
         of steps, or "sqrt") only the states of some steps are kept and the others computed again, to the last bit the
         same: memory grows with √T instead of T, but for what many_to_many itself returns, and `recurrent` is empty.
+        `clip` is a `kernels.cpu.Clip`, for `clipping`: the gradients are then not those of the loss.
 
         Raises as `Recurrent.forward` and `Recurrent.checkpoint`, and ValueError for targets that do not fit, and for
         checkpoints of a generating topology or with dropout.
         """
+        if clip is not None and self.generates:
+            raise ValueError(f"clipping within BPTT needs inputs that are given, got topology {self.topology}")
         if checkpoint is not None and (self.generates or (training and self.rnn.dropout)):
             raise ValueError(f"checkpoint needs inputs that are given and no dropout, got topology {self.topology}")
         if self.generates:
@@ -173,14 +177,14 @@ class SequenceModel:
         loss, d_logits = self._mean(logits, self.check_targets(targets, scored), scored)
         d_features = d_logits @ self.readout["weight"]
         if isinstance(run, Trace):
-            gradients = self.rnn.gradients(run, self.spread(d_features, run, every))
+            gradients = self.rnn.gradients(run, self.spread(d_features, run, every), clip=clip)
         elif every:
-            gradients = self.rnn.gradients(run, d_features)
+            gradients = self.rnn.gradients(run, d_features, clip=clip)
         else:
             d_h = np.zeros_like(run.final if isinstance(run.final, np.ndarray) else run.final[0])
             d_h[-1] = d_features
             gradients = self.rnn.gradients(
-                run, None, d_h if isinstance(run.final, np.ndarray) else (d_h, np.zeros_like(d_h))
+                run, None, d_h if isinstance(run.final, np.ndarray) else (d_h, np.zeros_like(d_h)), clip
             )
         params = self.params.like()
         self._put(params, "rnn", gradients.params)

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import generator
+from .clipping import ByGlobalNorm
 from .costs import Shape
 from .inference import Inference
 from .kernels import DeviceNotAvailable
 from .model import SequenceModel
+from .optim import SGD
 from .rnn import Recurrent
 from .training import TrainingStep
 
@@ -145,7 +147,7 @@ def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
     if problem.scope == "step":
         model = problem.model(dtype)
 
-        take = TrainingStep(model, *x.shape[:2], learning_rate=LEARNING_RATE, clip_norm=THRESHOLD)
+        take = TrainingStep(model, *x.shape[:2], SGD(LEARNING_RATE), ByGlobalNorm(THRESHOLD))
 
         def step() -> None:
             take(x, labels)

@@ -227,14 +227,19 @@ class Recurrent:
         self.stack_state("d_final", d_final, shape[1])
         return self.gradients(trace, d_output, d_final)
 
-    def gradients(self, run: Trace | Checkpoints, d_output: Array | None, d_final: State | None = None) -> Gradients:
-        """Do what `backward` or `recompute` does, unchecked: a network that has diverged has NaN."""
+    def gradients(
+        self, run: Trace | Checkpoints, d_output: Array | None, d_final: State | None = None, clip: Any = None
+    ) -> Gradients:
+        """Do what `backward` or `recompute` does, unchecked: a network that has diverged has NaN.
+
+        `clip` is that of `backpropagate`.
+        """
         if isinstance(run, Checkpoints):
-            return self._gradients_between(run, d_output, d_final)
+            return self._gradients_between(run, d_output, d_final, clip)
         gradients = self.params.like()
         into = [self.weights(k, gradients) for k in range(len(self._names))]
         d_output = np.zeros_like(run.output) if d_output is None else d_output
-        layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into)
+        layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into, clip=clip)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
         initial = self.unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
@@ -247,11 +252,13 @@ class Recurrent:
         *,
         scaled: bool = False,
         into: list[LayerWeights] | None = None,
+        clip: Any = None,
     ) -> tuple[list[LayerGradients], Array, NDArray[np.int64] | None]:
         """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
 
         With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). `into`
-        are arrays of zeros for dL/d weights. Nothing is checked: `gradients` and gradient analysis stand on this.
+        are arrays of zeros for dL/d weights. `clip` is a `kernels.cpu.Clip`, which clips the adjoint at every step.
+        Nothing is checked: `gradients` and gradient analysis stand on this.
         """
         T, B, _ = trace.output.shape
         d_last = self.stack_state("d_final", None, B) if d_final is None else _stack(d_final)
@@ -267,7 +274,13 @@ class Recurrent:
                 if direction:
                     upstream = _reverse(upstream, trace.lengths)
                     upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
-                received = upstream, d_last[:, k], upstream_exponent, into[k] if into else None
+                received = (
+                    upstream,
+                    d_last[:, k],
+                    upstream_exponent,
+                    into[k] if into else None,
+                    *([clip] if clip else []),
+                )
                 pair.append(backend("cpu").backward(self.cell, trace.layers[k], self.weights(k), *received))
             gradients[:0] = pair
             d_output, exponent = _sum_directions(pair, trace.lengths)
@@ -321,14 +334,16 @@ class Recurrent:
         self.stack_state("d_final", d_final, B)
         return self.gradients(checkpoints, d_output, d_final)
 
-    def _gradients_between(self, run: Checkpoints, d_output: Array | None, d_final: State | None) -> Gradients:
+    def _gradients_between(
+        self, run: Checkpoints, d_output: Array | None, d_final: State | None, clip: Any
+    ) -> Gradients:
         gradients, dx = self.params.like(), np.empty_like(run.x)
         into = [self.weights(k, gradients) for k in range(len(self._names))]
         for start, state in reversed(list(zip(range(0, len(run.x), run.every), run.states, strict=False))):
             part = slice(start, start + run.every)
             trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
-            layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into)
+            layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into, clip=clip)
             d_final = self.unstack_state(np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))]))
         assert d_final is not None
         return Gradients(gradients, dx, [], [], d_final)

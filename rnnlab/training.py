@@ -1,45 +1,75 @@
-"""Training: whole steps of small networks in one compiled call."""
+"""Training: whole steps of small networks in one compiled call, and runs of many of them with their log."""
 
+import json
 import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_array, check_lengths, check_number, check_positive
+from .checks import check_array, check_choice, check_lengths, check_number, check_positive, generator
+from .clipping import ByPercentile, ClippingRule, new_history
 from .kernels import cpu
-from .kernels.step import Readout, prepare_step
+from .kernels import step as steps_of
+from .kernels.clip import NORM
+from .kernels.clip import clip as clip_kernel
+from .kernels.step import NOTHING, Bound, Readout, bind, loop, prepare_gradients, prepare_omega
 from .model import SequenceModel
+from .optim import Optimiser
 from .params import Params
 from .rnn import past_end
+from .tasks import TASKS, Task, check_steps, sample_task
 
-__all__ = ["StepResult", "TrainingStep"]
+__all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train"]
 
 Array = NDArray[Any]
+Row = dict[str, Any]
 
 
 class StepResult(NamedTuple):
-    """What a step saw: the mean loss and the gradient's norm before it, and whether it moved the parameters."""
+    """What a step saw: the mean loss and what clipping did to its gradient, and whether it moved the parameters.
+
+    norm and clipped_norm: of the gradient before and after clipping; fraction: the share of numbers clipped; cosine: of
+    the clipped with the true gradient (see `clipping.Record`).
+    """
 
     loss: float
     norm: float
+    clipped_norm: float
+    fraction: float
+    cosine: float
     moved: bool
 
 
 class TrainingStep:
-    """One step of gradient descent with norm clipping as one compiled call, which holds no GIL and uses one thread.
+    """One step of an optimiser as one compiled call, which holds no GIL and uses one thread.
 
-    Calling it with x (T, B, I), targets and lengths as in `SequenceModel.loss_and_gradients` takes the step
-    w −= learning_rate·min(1, clip_norm / ‖g‖)·g (Pascanu, Mikolov & Bengio 2013, algorithm 1), g the gradient of the
-    mean loss by all parameters of `model`. Where ‖g‖ is not finite nothing moves. All memory is taken once, for `steps`
-    steps of a batch of `batch`; several of these, each with a model of its own, run side by side in threads.
+    Calling it with x (T, B, I), targets and lengths as in `SequenceModel.loss_and_gradients` takes a step along the
+    gradient of the mean loss by all parameters of `model`, clipped by the rule `clip` (none where None). `omega` is the
+    weight α of the regulariser Ω of Pascanu, Mikolov & Bengio (2013), eq. 9–10, averaged over steps and sequences as in
+    their program, whose immediate derivative by W_hh is added before clipping; it is defined for cells rnn_…. Where the
+    gradient is not finite nothing moves. All memory is taken once, for `steps` steps of a batch of `batch`; several of
+    these, each with a model of its own, run side by side in threads.
 
     Raises ValueError for a model of several layers, of both directions, with dropout or of a topology that reads its
-    own outputs.
+    own outputs, and for `omega` with another cell or with a rule that acts within BPTT.
     """
 
     def __init__(
-        self, model: SequenceModel, steps: int, batch: int, *, learning_rate: float, clip_norm: float = math.inf
+        self,
+        model: SequenceModel,
+        steps: int,
+        batch: int,
+        optimiser: Optimiser,
+        clip: ClippingRule | None = None,
+        *,
+        omega: float = 0.0,
     ) -> None:
         net = model.rnn
         if model.generates or net.num_layers > 1 or net.bidirectional or net.dropout:
@@ -50,48 +80,301 @@ class TrainingStep:
         self.steps, self.batch = check_positive("steps", steps), check_positive("batch", batch)
         if model.topology == "one_to_one" and steps != 1:
             raise ValueError(f"steps must be 1 for topology one_to_one, got {steps}")
-        self.model = model
-        self.learning_rate = check_number("learning_rate", learning_rate, 0, math.inf)
-        self.clip_norm = clip_norm if clip_norm == math.inf else check_number("clip_norm", clip_norm, 0, math.inf)
-        T, B, H, every = self.steps, self.batch, net.hidden_size, model.topology == "many_to_many"
-        parts = {"rnn": net.params.like(), "readout": model.readout.like()}
-        self.gradient = Params.join(parts)
+        if not isinstance(optimiser, Optimiser) or not isinstance(clip, ClippingRule | None):
+            raise TypeError(f"optimiser and clip must be an Optimiser and a ClippingRule, got {optimiser!r}, {clip!r}")
+        within = clip is not None and bool(clip.within)
+        if check_number("omega", omega, 0, math.inf) and (not net.cell.name.startswith("rnn_") or within):
+            raise ValueError(f"omega needs a cell rnn_… and no rule within BPTT, got {net.cell.name}, {clip!r}")
+        self.model, self.optimiser, self.clip = model, optimiser, clip
+        T, B, classes = self.steps, self.batch, model.loss_name == "cross_entropy"
+        N = T * B if model.topology == "many_to_many" else B
         self._x, self._lengths = np.zeros((T, B, net.input_size), net.dtype), np.full(B, T)
+        self._targets = np.zeros((N, 1 if classes else model.output_size), np.int64 if classes else net.dtype)
+        size, weights = model.params.flat.size, model.params.flat
+        self.figures, self.counts = np.zeros(steps_of.FIGURES), np.zeros(steps_of.COUNTS, np.int64)
+        self.figures[: steps_of.COUNT] = np.nan
+        self.state = np.zeros((optimiser.rows, size), net.dtype)
+        self.history = new_history() if isinstance(clip, ByPercentile) else np.zeros(1)
+        clipped = np.zeros((1 if within else 0, 8), np.int64)
+        self.gradient, gradients, regularise = self._gradients(clip if within else None, clipped, omega, self.figures)
+        exact = self._gradients(None, clipped, 0.0, np.zeros(1)) if within else (self.gradient, NOTHING, NOTHING)
+        ends, kind, threshold = np.array([0, size]), NORM, math.inf
+        if clip is not None and not within:
+            ends, kind, threshold = clip.ends(model.params), clip.kind, float(clip.threshold)
+        figures, flat = self.figures[steps_of.NORM :], self.gradient.flat
+        clipping = bind(clip_kernel, flat, weights, ends, kind, threshold, self.history, figures)
+        update = weights, flat, self.state, 1, optimiser.settings
+        batches = np.random.default_rng(0), self._x, self._targets, self._lengths, np.zeros(1, np.int64), ()
+        given = Bound(0, batches), gradients, regularise, exact[1], clipping, bind(optimiser.kernel, *update)
+        self._parts, self._span = list(given), (T, T)
+        self._inside = clipped, flat, exact[0].flat
+
+    def _gradients(
+        self, clip: ClippingRule | None, clipped: Array, omega: float, figures: Array
+    ) -> tuple[Params, Bound, Bound]:
+        """Return a gradient, what computes it from the batch, and what adds that of Ω."""
+        model, net, (T, B, _) = self.model, self.model.rnn, self._x.shape
+        H, every = net.hidden_size, model.topology == "many_to_many"
+        parts = {"rnn": net.params.like(), "readout": model.readout.like()}
+        gradient = Params.join(parts)
         zero, d_output = np.zeros((len(net.cell.states), B, H), net.dtype), np.zeros((T, B, H), net.dtype)
         # Gradients of biases that a network does not have go to arrays that nobody reads.
         weights, into = net.weights(0), net.weights(0, parts["rnn"])
         forward, trace = cpu.prepare_forward(net.cell, self._x, weights, zero, self._lengths, True)
-        backward, gradients = cpu.prepare_backward(net.cell, trace, weights, d_output, zero, None, into, inputs=False)
+        limit = None if clip is None else (clip.within, float(clip.threshold), clipped)
+        backward, gradients = cpu.prepare_backward(
+            net.cell, trace, weights, d_output, zero, None, into, inputs=False, clip=limit
+        )
         # Without a loss at every step the last state of a sequence is read: it is held until slot T.
         features, d_features = (trace.state[0, 1:], d_output) if every else (trace.state[0, T], gradients.state[0, T])
         N = features.size // H
-        self._scored = np.ones((T, B) if every else B, np.bool_)
-        classes = model.loss_name == "cross_entropy"
-        self._targets = np.zeros((N, 1 if classes else model.output_size), np.int64 if classes else net.dtype)
         readout = Readout(
             features.reshape(N, H),
             d_features.reshape(N, H),
             self._targets,
-            self._scored.reshape(-1),
-            *(params[f"readout.{name}"] for params in (model.params, self.gradient) for name in ("weight", "bias")),
+            self._lengths,
+            *(params[f"readout.{name}"] for params in (model.params, gradient) for name in ("weight", "bias")),
         )
-        self._step = prepare_step(
-            model.loss.name,
-            model.loss.row,
-            (forward, backward),
-            readout,
-            gradients.state[:, T],
-            model.params.flat,
-            self.gradient.flat,
+        bound = prepare_gradients(
+            model.loss.name, model.loss.row, (forward, backward), readout, gradients.state[:, T], gradient.flat, figures
         )
+        if not omega:
+            return gradient, bound, NOTHING
+        given = trace.saved, gradients.state[0], self._lengths, weights.weight_hh, into.weight_hh
+        return gradient, bound, prepare_omega(*given, float(omega), figures[steps_of.OMEGA :])
 
     def __call__(self, x: Array, targets: Array, lengths: Any = None) -> StepResult:
         """Take one step, see the class. Raises as `SequenceModel.loss_and_gradients`, before anything moves."""
         net = self.model.rnn
         past = None if lengths is None else lambda x: past_end(lengths, x)
         x = check_array("x", x, (self.steps, self.batch, net.input_size), net.dtype, past=past)
-        self._lengths[:] = check_lengths("lengths", lengths, self.batch, self.steps)
-        self._scored[:] = self.model.scored(self._lengths, self.steps, self._scored.ndim == 2)
-        self._targets[:] = self.model.check_targets(targets, self._scored).reshape(self._targets.shape)
-        self._x[:] = x
-        return StepResult(*self._step(self.learning_rate, self.clip_norm))
+        steps = check_lengths("lengths", lengths, self.batch, self.steps)
+        scored = self.model.scored(steps, self.steps, self.model.topology == "many_to_many")
+        self._targets[:] = self.model.check_targets(targets, scored).reshape(self._targets.shape)
+        self._x[:], self._lengths[:] = x, steps
+        before = self.counts[steps_of.MOVED]
+        self.run(1)
+        return StepResult(*self.figures[: steps_of.OMEGA].tolist(), bool(self.counts[steps_of.MOVED] > before))
+
+    def feed(self, task: Task, rng: np.random.Generator, order: Array, span: tuple[int, int]) -> None:
+        """Have every update draw a batch of a task, of sequences of as many steps as lie between the ends of `span`."""
+        arrays = self._x, self._targets, self._lengths, order, task.arrays
+        self._parts[0], self._span = bind(task.generate, rng, *arrays), span
+
+    def run(self, updates: int, patience: int = 1) -> None:
+        """Take so many updates, fewer where `patience` in a row are skipped because the gradient is not finite."""
+        codes = tuple(part.code for part in self._parts)
+        generate, gradients, omega, exact, clipping, (weights, _, state, _, settings) = (
+            part.arguments for part in self._parts
+        )
+        given = generate, self._span, gradients, omega, exact, clipping, (weights, state, settings), self._inside
+        loop(codes, *given, self.counts, self.figures, updates, patience)
+
+
+# Whole runs ---------------------------------------------------------------------------------------------------------
+
+#: So many updates skipped in a row end a run: nothing has moved, and hardly will.
+_PATIENCE = 100
+
+#: Seconds of updates between two looks at an interrupt, and between two checkpoints.
+_LOOK, _KEEP = 0.5, 10.0
+
+
+@dataclass
+class TrainingLog:
+    """What became of a run.
+
+    rows: what was measured, see `to_frame`; outcome: "finished" all updates, "stopped" by `stop`, or "diverged", when
+    100 updates in a row were skipped because their gradient was not finite; seconds: time in the compiled loop.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    outcome: str = "finished"
+    seconds: float = 0.0
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a measurement, the first before any update.
+
+        Columns: update and sequences (so many were seen); loss, the mean over the updates since the last row; norm,
+        clipped_norm, cosine and omega of the last update (Ω, NaN where it is not asked for; within BPTT the first and
+        third cost a second backward pass); updates_clipped and elements_clipped, shares since the last row; skipped,
+        updates that moved nothing so far, and not_finite, the first parameter whose gradient was not finite in the last
+        of them ("norm": only their norm); spectral_radius of W_hh, of each gate's block where there are several;
+        evaluation; and what `measure` names.
+        """
+        return pd.DataFrame(self.rows)
+
+
+def train(
+    model: SequenceModel,
+    task: str | Task,
+    optimiser: Optimiser,
+    *,
+    batch: int,
+    updates: int,
+    length: int | tuple[int, int] | None = None,
+    clip: ClippingRule | None = None,
+    omega: float = 0.0,
+    seed: int | None = 0,
+    log: int = 10,
+    measure: dict[str, Callable[[SequenceModel], float]] | None = None,
+    evaluation: Callable[[SequenceModel], float] | None = None,
+    evaluate_every: int | None = None,
+    stop: Callable[[Row], bool] | None = None,
+    checkpoint: str | Path | None = None,
+) -> TrainingLog:
+    """Train `model` in place on batches of a task, by name or as `tasks.dataset` makes it, and return the log.
+
+    Batches, forward pass, BPTT, clipping and update are one compiled loop without the GIL, in one thread (see
+    `TrainingStep`, also for `clip` and `omega`): run several in threads. `length` is that of the sequences, or the
+    least and largest of a length drawn for each batch; a data set has its own. `log` rows are taken a decade of
+    updates, and one at every multiple of `evaluate_every`. `measure` maps names of columns to functions of the model,
+    called for each row; `evaluation` is called for each row, or every so many updates; both give NaN once a parameter
+    is not finite. `stop`, given a row, ends the run. `checkpoint` is a file from which the same call resumes, and ends
+    with the same bits.
+
+    A network that diverges is an outcome of the log. Raises ValueError for a model that does not fit the task, a
+    checkpoint of other settings and sizes out of range; TypeError for a data set of another dtype.
+    """
+    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    span = _check_task(model, task, length)
+    points = _points(check_positive("updates", updates), check_positive("log", log), evaluate_every)
+    step = TrainingStep(model, span[1], batch, optimiser, clip, omega=omega)
+    run = _Run(step, task, span, seed, repr((task.name, optimiser, clip, omega, length, batch, seed, model.rnn)))
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and file.exists():
+        run.load(file)
+    result, size, kept = run.log, 1, time.perf_counter()
+    for point in points if result.outcome == "finished" else []:
+        if result.rows and point <= result.rows[-1]["update"]:
+            continue
+        while run.done < point and result.outcome == "finished":
+            count, start = min(size, point - run.done), time.perf_counter()
+            step.run(count, _PATIENCE)
+            took = time.perf_counter() - start
+            result.seconds += took
+            size = max(1, int(_LOOK * count / took))
+            if step.counts[steps_of.SKIPPED_IN_A_ROW] >= _PATIENCE:
+                result.outcome = "diverged"
+            elif file is not None and run.done < point and time.perf_counter() - kept > _KEEP:
+                run.save(file)
+                kept = time.perf_counter()
+        due = evaluate_every is None or run.done % evaluate_every == 0 or run.done == updates
+        result.rows.append(run.row(measure or {}, evaluation if due else None))
+        if stop is not None and stop(result.rows[-1]):
+            result.outcome = "stopped"
+        if file is not None:
+            run.save(file)
+            kept = time.perf_counter()
+        if result.outcome != "finished":
+            break
+    return result
+
+
+def error_rate(model: SequenceModel, task: str | Task, length: int, *, sequences: int = 10_000, seed: int = 0) -> float:
+    """Return the share of fresh sequences of a task of `TASKS` of which not every prediction is right."""
+    task = TASKS[check_choice("task", task if isinstance(task, str) else task.name, TASKS)]
+    _check_task(model, task, length)
+    rng, wrong, batch = generator(seed, "evaluation"), 0, 500
+    for start in range(0, check_positive("sequences", sequences), batch):
+        x, targets = sample_task(task.name, length, min(batch, sequences - start), rng, model.rnn.dtype)
+        outputs, _ = model.predict(x)
+        wrong += int((~task.right(outputs, targets)).sum())
+    return wrong / sequences
+
+
+def _check_task(model: SequenceModel, task: Task, length: Any) -> tuple[int, int]:
+    """Return the least and largest number of steps."""
+    for name, got, wanted in (
+        ("input_size", model.rnn.input_size, task.input_size),
+        ("output_size", model.output_size, task.output_size),
+        ("topology", model.topology, task.topology),
+        ("loss", model.loss_name, task.loss),
+    ):
+        if got != wanted:
+            raise ValueError(f"model must have {name} {wanted} for {task.name}, got {got}")
+    if task.arrays:
+        if task.arrays[0].dtype != model.rnn.dtype:
+            raise TypeError(f"model must have dtype {task.arrays[0].dtype} of {task.name}, got {model.rnn.dtype}")
+        if length is not None:
+            raise ValueError(f"length belongs to synthetic tasks, got {length!r} for {task.name}")
+        return len(task.arrays[0]), len(task.arrays[0])
+    low, high = length if isinstance(length, tuple) else (length, length)
+    span = check_steps(task, low), check_steps(task, high)
+    if span[0] > span[1]:
+        raise ValueError(f"length must begin with the least one, got {length!r}")
+    return span
+
+
+def _points(updates: int, log: int, every: int | None) -> list[int]:
+    """Return the updates after which rows are taken: 0, `log` a decade, multiples of `every`, the last."""
+    decades = 10 ** (np.arange(math.ceil(log * math.log10(updates))) / log)
+    points = {0, updates, *np.round(decades).astype(int).tolist()}
+    if every is not None:
+        points |= set(range(0, updates, check_positive("evaluate_every", every)))
+    return sorted(points)
+
+
+class _Run:
+    """All that changes in a run, to be kept and taken up again."""
+
+    def __init__(self, step: TrainingStep, task: Task, span: tuple[int, int], seed: int | None, setting: str) -> None:
+        self.step, self.setting, self.log = step, setting, TrainingLog()
+        self.rng = generator(seed, "training")
+        self.order = np.zeros(1 + (task.arrays[0].shape[1] if task.arrays else 0), np.int64)
+        step.feed(task, self.rng, self.order, span)
+
+    @property
+    def done(self) -> int:
+        return int(self.step.counts[steps_of.DONE])
+
+    def row(
+        self,
+        measure: dict[str, Callable[[SequenceModel], float]],
+        evaluation: Callable[[SequenceModel], float] | None,
+    ) -> Row:
+        """Return what is to be logged, and begin new sums."""
+        step, model = self.step, self.step.model
+        figures, (done, moved, _, first) = step.figures, step.counts.tolist()
+        count = figures[steps_of.COUNT]
+        means = (figures[steps_of.LOSSES :] / count if count else np.full(3, np.nan)).tolist()
+        row: Row = {"update": done, "sequences": done * step.batch, "loss": means[0]}
+        for name in ("norm", "clipped_norm", "cosine", "omega"):
+            row[name] = float(figures[getattr(steps_of, name.upper())])
+        row |= {"updates_clipped": means[1], "elements_clipped": means[2], "skipped": done - moved}
+        ends = np.cumsum([array.size for array in model.params.values()])
+        names = [*model.params, ""] if done == moved else [*model.params, "norm"]
+        row["not_finite"] = names[int(np.searchsorted(ends, first, "right")) if done > moved and first >= 0 else -1]
+        gates, finite = model.rnn.cell.gates, bool(np.isfinite(model.params.flat).all())
+        for gate, block in zip(gates, model.rnn.params["weight_hh_l0"].reshape(len(gates), -1), strict=True):
+            name = "spectral_radius" if len(gates) == 1 else f"spectral_radius_{gate}"
+            square = block.reshape(model.rnn.hidden_size, -1)
+            row[name] = float(np.abs(np.linalg.eigvals(square)).max()) if finite else math.nan
+        row |= {name: float(function(model)) if finite else math.nan for name, function in measure.items()}
+        row["evaluation"] = float(evaluation(model)) if evaluation is not None and finite else math.nan
+        figures[steps_of.COUNT :] = 0
+        return row
+
+    def _arrays(self) -> dict[str, Array]:
+        step = self.step
+        changing = {"weights": step.model.params.flat, "state": step.state, "figures": step.figures}
+        return changing | {"counts": step.counts, "order": self.order, "history": step.history}
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint beside the file and move it there, so that there is a whole one at any moment."""
+        about = {"setting": self.setting, "rng": self.rng.bit_generator.state, **vars(self.log)}
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as stream:
+            np.savez(stream, about=np.array(json.dumps(about)), **self._arrays())
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Take a checkpoint up. Raises ValueError for one of other settings."""
+        with np.load(file, allow_pickle=False) as kept:
+            about = json.loads(str(kept["about"]))
+            if about["setting"] != self.setting:
+                raise ValueError(f"checkpoint must be one of {self.setting}, {file} is one of {about['setting']}")
+            for name, array in self._arrays().items():
+                array[...] = kept[name]
+        self.rng.bit_generator.state = about["rng"]
+        self.log = TrainingLog(about["rows"], about["outcome"], about["seconds"])

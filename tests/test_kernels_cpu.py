@@ -265,8 +265,8 @@ def array_of(dimensions, element=types.float32):
 KERNELS = {
     "forward": (cpu._forward_kernel, True),
     "infer": (cpu._forward_kernel, False),
-    "backward": (cpu._backward_kernel, False),
-    "scaled": (cpu._backward_kernel, True),
+    "backward": (cpu._backward_kernel, "plain"),
+    "scaled": (cpu._backward_kernel, "scaled"),
     "jacobian": (cpu._diagonals_kernel,),
 }
 

@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parents[1]
 def _source_hash() -> str:
     """Hash every file whose code ends up inside a kernel; Numba itself watches only the file of the outer function."""
     digest = hashlib.sha256()
-    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses")]
+    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses", "optim", "tasks")]
     for path in [*scalar, *sorted((_PACKAGE / "kernels").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

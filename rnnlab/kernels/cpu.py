@@ -24,6 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights
 from .calls import borrow, job
+from .clip import clamp, shrinkage, squares
 from .compiling import cached, part
 from .panels import (
     backward_panel,
@@ -297,6 +298,41 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
     return top
 
 
+# Clipping within BPTT -----------------------------------------------------------------------------------------------
+
+#: What `backward` clips at every step: "states", the norm of a sequence's dL/dstate_t, h and c together, before the
+#: step takes it back; "gates", each number of dL/dax and dL/dah, before they enter products with weights. With the
+#: limit, and counts (threads, 8), to which each thread adds in a row of its own: how many were clipped, of how many.
+Clip = tuple[str, float, NDArray[np.int64]]
+
+
+@njit
+def _add_clipped(d_state, direct, limit, counts):
+    """Add direct (H,) to the h of d_state (S, H), and take the norm of it all to the limit if it is above."""
+    S, H = d_state.shape
+    square = 0.0
+    for j in range(H):
+        d_state[0, j] += direct[j]
+    for s in range(S):
+        square += squares(d_state[s])
+    factor = shrinkage(square, limit)
+    if factor != 1:
+        for s in range(S):
+            for j in range(H):
+                d_state[s, j] *= d_state.dtype.type(factor)
+    counts[0] += factor != 1
+    counts[1] += 1
+
+
+@njit
+def _clamp_row(work, begin, count, limit, counts):
+    """Clip `count` numbers, and count them."""
+    for i in range(begin, begin + count):
+        before = work[i]
+        work[i] = clamp(before, work.dtype.type(limit))
+        counts[0] += work[i] != before
+
+
 # Backward -----------------------------------------------------------------------------------------------------------
 
 
@@ -313,29 +349,32 @@ def _backward_work(cell: Cell, V: int, I: int, H: int, rows: int, B: int) -> tup
 
 
 @cache
-def _backward_kernel(cell: Cell, dtype, scaled: bool):
+def _backward_kernel(cell: Cell, dtype, mode: str):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    VECTORS, JOINT, RESET, SCALED = R // V, cell.joint, cell.reset is not None, scaled
-    SINGLE, MANY = panel_units(1, one_row=not scaled), panel_units(1)  # `many_rows` takes no others
+    VECTORS, JOINT, RESET = R // V, cell.joint, cell.reset is not None
+    SCALED, STATES, GATES = (mode == name for name in ("scaled", "states", "gates"))
+    WHOLE = SCALED or STATES  # all units of dL/dstate_t are looked at before any takes its step
+    SINGLE, MANY = panel_units(1, one_row=not WHOLE), panel_units(1)  # `many_rows` takes no others
     through_weights, many_rows, store_da = tile_product(1, dtype, V, R), multiply(1, dtype), store_gates(V)
-    pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, scaled)
+    pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, SCALED)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
-    step_panel = backward_step(cell, V, scaled)
+    step_panel = backward_step(cell, V, WHOLE)
     reset_panel = backward_reset(cell, V) if RESET else None
 
-    @cached(f"{cell.name}-{dtype}-{'scaled' if scaled else 'plain'}", cell.step_backward)
+    @cached(f"{cell.name}-{dtype}-{mode}", cell.step_backward)
     def backward(arguments, counter, mails, parties, by_units, rank):
         """Turn d_state[:, T] and d_output into d_state, dx and (unless scaled) d_weight…, the part of one thread.
 
-        `scaled` has an exponent for every step, and rescales the adjoint at each, see `_add_scaled`.
+        "scaled" has an exponent for every step, and rescales the adjoint at each, see `_add_scaled`; "states" and
+        "gates" clip at each, see `Clip`; "plain" does neither.
         """
         arguments, counter, mails = borrow((arguments, counter, mails))
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
             _, d_output, d_output_exponent, _, _, _, lengths, _, saved, _, d_state, exponent, _, _, _,
-            d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk,
+            d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limit, counts,
         ) = arguments  # fmt: skip
         (
             _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, DH, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
@@ -364,7 +403,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                 kept, here, there = t * units * B * KS * V, t * B * H, (t + 1) * B * H
                 if by_units and t < T - 1:
                     wait_for_all(counter, parties)
-                if SCALED:
+                if WHOLE:
                     if t < T - 1:
                         many_rows(
                             address(work, DH + first * units * V), units * V,
@@ -374,15 +413,18 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                         )  # fmt: skip
                         _take_carried(d_state, t + 1, work, CARRY, DH, first, last, units * V)
                     for b in range(first, last):
-                        exponent[t, b] = exponent[t + 1, b]
-                        if t < lengths[b]:
+                        if STATES and t < lengths[b]:
+                            _add_clipped(d_state[:, t + 1, b], d_output[t, b], limit, counts[rank])
+                        if SCALED:
+                            exponent[t, b] = exponent[t + 1, b]
+                        if SCALED and t < lengths[b]:
                             exponent[t, b] = exponent[t + 1, b] = _add_scaled(
                                 d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
                             )
                 for k in range(count):
                     tile = _tile(tiles, k)
                     bring(flat_saved, kept, K, of_saved, tile)
-                    if SCALED or t == T - 1:
+                    if WHOLE or t == T - 1:
                         load_rows(panel, NEW, R, flat_d, there, S, of_state, tile, H)
                     else:
                         bring(flat_direct, here, 1, of_state, tile)
@@ -390,7 +432,7 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                             panel, NEW, work, CARRY, units * V, work, after, row, work, PACKED_HH, depth, tile
                         )  # fmt: skip
                         load(panel, NEW + R, R, work, CARRY + B * units * V, S - 1, of_carry, tile, H)
-                    if not SCALED:
+                    if not WHOLE:
                         load_rows(panel, DIRECT, R, flat_direct, here, 1, of_state, tile, H)
                     load(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
@@ -419,6 +461,15 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                             store_da(panel, DIRECT + shift, 0, work, dp, P, P * units * V, one, H)
                             if RESET:
                                 store_da(panel, DIRECT + shift, 0, work, DA_LAST, 1, units * V, one, H)
+                if GATES:
+                    for b in range(first, last):
+                        _clamp_row(work, dax + b * row, depth, limit, counts[rank])
+                        if not JOINT:
+                            _clamp_row(work, dah + b * row, depth, limit, counts[rank])
+                        if RESET:  # the last gate's copy for the product with W_hn, counted apart
+                            _clamp_row(work, DA_LAST + b * units * V, H, limit, counts[rank, 2:])
+                        if t < lengths[b]:
+                            counts[rank, 1] += depth if JOINT else 2 * depth
                 if RESET:
                     if by_units:
                         wait_for_all(counter, parties)
@@ -435,6 +486,9 @@ def _backward_kernel(cell: Cell, dtype, scaled: bool):
                                 one, shift = (tile[0], tile[1], b, 1), (b - tile[2]) * tile[1] * V
                                 store(panel, OLD + shift, R, work, CARRY, 1, of_carry, one, H)
                                 store_rows(panel, DAX + shift, R, work, dax, 1, (0, row, G * V), one, H)
+                    if GATES:
+                        for b in range(first, last):
+                            _clamp_row(work, dax + b * row, depth, limit, counts[rank])
                 after = dah
 
             if parties > 1:
@@ -493,7 +547,7 @@ def _chunk_gradients(cell: Cell, dtype, scaled: bool):
     @part(cell.name, dtype, scaled)
     def finish_chunk(arguments, c, rank, parties):
         x, state, reset_h, dx = arguments[0], arguments[7], arguments[9], arguments[12]
-        d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole, work, places, panels, _, chunk = arguments[13:]
+        d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_peephole, work, places, panels, _, chunk = arguments[13:-2]
         PACKED_IH, _, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, _, _, ZERO = places[:8]
         T, B, I, H, inputs = x.shape[0], x.shape[1], x.shape[2], state.shape[3], dx.shape[2]
         units, panel = (H + V - 1) // V, panels[rank]
@@ -637,14 +691,15 @@ def backward(
     d_final: Array,
     d_output_exponent: NDArray[np.int64] | None = None,
     into: LayerWeights | None = None,
+    clip: Clip | None = None,
 ) -> LayerGradients:
     """Backpropagate d_output (T, B, H) and d_final (S, B, H) through one layer (BPTT: Werbos 1990).
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
-    dL/d weights is added to `into`, if that is given.
+    dL/d weights is added to `into`, if that is given. With `clip` the adjoint is clipped at every step.
     """
-    call, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, into)
+    call, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, into, clip=clip)
     run_together(*call)
     return gradients
 
@@ -658,6 +713,7 @@ def prepare_backward(
     d_output_exponent: NDArray[np.int64] | None,
     into: LayerWeights | None,
     inputs: bool = True,
+    clip: Clip | None = None,
 ) -> tuple[Call, LayerGradients]:
     """Return what `backward` runs, and the gradients that it fills; from then on d_final is slot T of their state.
 
@@ -672,14 +728,15 @@ def prepare_backward(
         into = LayerWeights(*(np.zeros((0,) * w.ndim if scaled else w.shape, dtype) for w in weights))
     chunk = min(T, chunk_steps(B))
     places = _backward_work(cell, V, I, H, chunk * B, B)
-    parties, by_units = plan(cell, T, B, I, H, dtype, scaled)
+    parties, by_units = plan(cell, T, B, I, H, dtype, scaled or clip is not None)
+    mode, *limit = clip or ("scaled" if scaled else "plain", 0.0, np.zeros((0, 8), np.int64))
     panels = max(backward_panel(cell, V)[1][-1], scratch_size(max(I, H), V))
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih, weights.weight_hh,
         weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h, d_state, exponent, dx, *into,
-        *_rooms(places, parties, panels, B, H, dtype), chunk,
+        *_rooms(places, parties, panels, B, H, dtype), chunk, *limit,
     )  # fmt: skip
-    call = Call(_backward_kernel(cell, dtype, scaled), arguments, parties, by_units)
+    call = Call(_backward_kernel(cell, dtype, mode), arguments, parties, by_units)
     if scaled:
         return call, LayerGradients(None, dx, d_state, d_output, exponent, d_output_exponent)
     return call, LayerGradients(into, dx, d_state, d_output, None, None)

@@ -229,18 +229,18 @@ def forward_reset(cell: Cell, dtype, V: int):
 
 
 @cache
-def backward_step(cell: Cell, V: int, scaled: bool):
-    """Build the loop of `step_backward` over a panel."""
+def backward_step(cell: Cell, V: int, whole: bool):
+    """Build the loop of `step_backward` over a panel; where dL/dstate is not whole, its direct part is added."""
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
     take_saved, take_peepholes, take_states, take_direct = map(take_numbers, (K, P, S, 1))
     put_gates, put_peepholes, put_states, put_h = map(put_numbers, (len(cell.gates), P, S, 1))
-    step_backward, JOINT, SCALED = cell.step_backward, cell.joint, scaled
+    step_backward, JOINT, WHOLE = cell.step_backward, cell.joint, whole
 
-    @_loop(cell.name, V, scaled)
+    @_loop(cell.name, V, whole)
     def backward_step(panel, count):
         for v in range(count):
-            if not SCALED:
+            if not WHOLE:
                 put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
             da_x, da_h, dp, total, d_old = step_backward(
                 take_saved(panel, v + SAVED, R),

@@ -1,14 +1,14 @@
-"""A whole training step as one call without the GIL: forward pass, readout and loss, BPTT, clipping, update."""
+"""Training in one call without the GIL: batch, forward pass, readout and loss, BPTT, clipping, update, and again."""
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from . import Array
 from .calls import call, entry
+from .clip import compare
 from .compiling import cached
 from .cpu import Call
 from .products import (
@@ -24,50 +24,57 @@ from .products import (
 from .simd import VECTOR_BYTES, address
 from .team import empty
 
-__all__ = ["Readout", "prepare_step"]
+__all__ = ["NOTHING", "Bound", "Readout", "bind", "loop", "prepare_gradients", "prepare_omega"]
 
 
 class Readout(NamedTuple):
-    """What lies between the recurrent layer and the loss; N predictions of O outputs.
+    """What lies between the recurrent layer and the loss; N predictions of O outputs, for every step or the last.
 
     features and d_features (N, H): parts of the layer's states and of its gradients' arrays; targets (N, 1) or (N, O);
-    scored (N,): whether a prediction counts; weight (O, H), bias (O,) and their gradients.
+    lengths (B,): predictions past them do not count; weight (O, H), bias (O,) and their gradients.
     """
 
     features: Array
     d_features: Array
     targets: Array
-    scored: Array
+    lengths: Array
     weight: Array
     bias: Array
     d_weight: Array
     d_bias: Array
 
 
-@njit
-def _squares(values):
-    """Return Σ v² in float64."""
-    sums, whole = np.zeros(16), len(values) // 16 * 16
-    for i in range(0, whole, 16):
-        for k in range(16):
-            sums[k] += np.float64(values[i + k]) * np.float64(values[i + k])
-    for i in range(whole, len(values)):
-        sums[0] += np.float64(values[i]) * np.float64(values[i])
-    return sums.sum()
+class Bound(NamedTuple):
+    """A compiled function with all that it takes: where its code begins (0: there is none), arguments, what it needs.
+
+    `kept` is what must stay alive while it is called.
+    """
+
+    code: int
+    arguments: tuple[Any, ...]
+    kept: Any = None
+
+
+NOTHING = Bound(0, ())
+
+
+def bind(kernel: Any, *arguments: Any) -> Bound:
+    """Return a compiled function with its arguments for `loop`."""
+    return Bound(entry(kernel, arguments), arguments, kernel)
 
 
 @cache
-def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
+def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
     V = VECTOR_BYTES // dtype.itemsize
     most, rows_times = panel_units(1), multiply(1, dtype)
     columns_times, add_product = multiply_columns(dtype), add_transposed(dtype)
 
     @cached(f"{name}-{dtype}", row)
-    def step(codes, forward, backward, readout, work, carried, weights, gradient, rate, threshold):
-        """Take one step down the gradient; return the mean loss, the gradient's norm and whether weights have moved."""
-        features, d_features, targets, scored, weight, bias, d_weight, d_bias = readout
+    def gradients(codes, forward, backward, readout, work, carried, gradient, figures):
+        """Set the gradient of the mean loss by all parameters, and figures[0] to that loss."""
+        features, d_features, targets, lengths, weight, bias, d_weight, d_bias = readout
         logits, packed, packed_columns, padded_bias, zero, scratch = work
-        N, (O, H) = len(features), weight.shape
+        N, B, (O, H) = len(features), len(lengths), weight.shape
         units, columns = (O + V - 1) // V, (H + V - 1) // V
 
         call(codes[0], forward)
@@ -77,13 +84,16 @@ def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> An
             address(logits.reshape(-1), 0), units * V, address(padded_bias, 0), 0, address(features.reshape(-1), 0), H,
             address(packed, 0), H, N, 0, units, units,
         )  # fmt: skip
-        loss, count = 0.0, scored.sum()
+        loss, count = 0.0, 0
+        for n in range(N):
+            count += n // B < lengths[n % B]
         share = logits.dtype.type(1 / count)
         for n in range(N):
+            scored = n // B < lengths[n % B]
             value = row(logits[n, :O], targets[n], logits[n, :O])
-            loss += np.float64(value) if scored[n] else 0.0
+            loss += np.float64(value) if scored else 0.0
             for j in range(O):
-                logits[n, j] = logits[n, j] * share if scored[n] else logits.dtype.type(0)
+                logits[n, j] = logits[n, j] * share if scored else logits.dtype.type(0)
         gradient[:] = 0
         carried[:] = 0
         pack_columns(packed_columns, 0, weight, 1, 1, most, 0, columns)
@@ -97,47 +107,161 @@ def _step_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> An
             d_weight, logits.reshape(-1), 0, units * V, 1, (0, 1), features.reshape(-1), 0, H, N, strips, scratch
         )
         call(codes[1], backward)
+        figures[0] = loss / count
 
-        norm = np.sqrt(_squares(gradient))
-        moved = np.isfinite(norm)
-        if moved:
-            factor = weights.dtype.type(rate * min(1.0, threshold / max(norm, np.finfo(np.float64).tiny)))
-            for i in range(len(weights)):
-                weights[i] -= factor * gradient[i]
-        return loss / count, norm, moved
-
-    return step
+    return gradients
 
 
-def prepare_step(
+def prepare_gradients(
     name: str,
     row: Callable[..., Any],
     calls: tuple[Call, Call],
     readout: Readout,
     carried: Array,
-    weights: Array,
     gradient: Array,
-) -> Callable[[float, float], tuple[float, float, bool]]:
-    """Return (rate, threshold) ↦ (loss, norm, moved), which takes one step on the arrays as they are then.
+    figures: Array,
+) -> Bound:
+    """Return what sets `gradient`, of all parameters, and the loss figures[0], from the arrays as they are then.
 
     `row` is that of a `losses.Loss` of this name. `calls` are the layer's forward and backward pass, each in one
-    thread; `carried` is the last slot of the gradients of states, `weights` holds all parameters and `gradient` theirs.
-    The step is w −= rate·min(1, threshold / ‖g‖)·g, and none at all where ‖g‖ is not finite.
+    thread; `carried` is the last slot of the gradients of states.
     """
-    dtype, (O, H), N = weights.dtype, readout.weight.shape, len(readout.features)
+    dtype, (O, H), N = gradient.dtype, readout.weight.shape, len(readout.features)
     V = VECTOR_BYTES // dtype.itemsize
     row_size, columns = -(-O // V) * V, -(-H // V) * V
     sizes = row_size * H, O * columns, row_size, columns, scratch_size(H, V)
     work = tuple(empty((size,), dtype) for size in sizes)
     work[2][:], work[3][:] = 0, 0
-    alone = np.zeros(0, np.int64)
-    arguments = [(one.arguments, alone, alone, 1, False, 0) for one in calls]
-    codes = tuple(entry(one.kernel, given) for one, given in zip(calls, arguments, strict=True))
-    given = codes, *arguments, tuple(readout), (empty((N, row_size), dtype), *work), carried, weights, gradient
-    kernel = _step_kernel(name, row, dtype)
+    parts = tuple(bind(one.kernel, one.arguments, *[np.zeros(0, np.int64)] * 2, 1, False, 0) for one in calls)
+    codes, arguments = tuple(one.code for one in parts), (one.arguments for one in parts)
+    rooms = (empty((N, row_size), dtype), *work)
+    bound = bind(
+        _gradients_kernel(name, row, dtype), codes, *arguments, tuple(readout), rooms, carried, gradient, figures
+    )
+    return bound._replace(kept=(bound.kept, parts))
 
-    def step(rate: float, threshold: float, kept_alive: Any = calls) -> tuple[float, float, bool]:
-        result: tuple[float, float, bool] = kernel(*given, rate, threshold)
-        return result
 
-    return step
+# The regulariser that keeps gradients from vanishing ----------------------------------------------------------------
+
+#: Steps whose adjoint has a smaller norm do not count, as in the program of Pascanu, Mikolov & Bengio (2013).
+_VANISHED = 1e-10
+
+
+@cache
+def _omega_kernel(dtype: np.dtype[Any]) -> Any:
+    V = VECTOR_BYTES // dtype.itemsize
+    most, columns_times, add_product = panel_units(1), multiply_columns(dtype), add_transposed(dtype)
+
+    @cached(f"{dtype}")
+    def omega(saved, d_h, lengths, weight, d_weight, work, alpha, figures):
+        """Add α ∂⁺Ω/∂W_hh to d_weight, and set figures[0] to Ω; saved (T, U, B, 1, V) holds the slopes f'(a_t).
+
+        Ω is the mean over all steps t and sequences of (‖δ_{t+1} ∂a_{t+1}/∂a_t‖ / ‖δ_{t+1}‖ − 1)², with δ_t = dL/da_t:
+        Pascanu, Mikolov & Bengio (2013), eq. 9, and for the immediate derivative, δ and a held, eq. 10.
+        """
+        units_of, back, packed, zero, scratch = work
+        (T, units, B), H = saved.shape[:3], weight.shape[0]
+        flat, products, rows, row = units_of.reshape(-1), back.reshape(-1), (T - 1) * B, units * V
+        count = 0
+        for n in range(rows):
+            t, b = n // B, n % B
+            square = 0.0
+            for j in range(H):
+                flat[n * row + j] = d_h[t + 2, b, j] * saved[t + 1, j // V, b, 0, j % V]
+                square += np.float64(flat[n * row + j]) ** 2
+            norm = np.sqrt(square) if t + 1 < lengths[b] else 0.0
+            counts = norm > _VANISHED
+            count += counts
+            scale = dtype.type(1 / norm) if counts else dtype.type(0)
+            for j in range(H):
+                flat[n * row + j] = flat[n * row + j] * scale if counts else dtype.type(0)
+        pack_columns(packed, 0, weight, 1, 1, most, 0, units)
+        columns_times(products, 0, H, address(zero, 0), address(flat, 0), row, address(packed, 0), H, rows, scratch)
+        total = 0.0
+        for n in range(rows):
+            t, b = n // B, n % B
+            square, moves = 0.0, False
+            for j in range(H):
+                back[n, j] *= saved[t, j // V, b, 0, j % V]
+                square += np.float64(back[n, j]) ** 2
+                moves |= flat[n * row + j] != 0
+            ratio = np.sqrt(square)
+            total += (ratio - 1) ** 2 if moves else 0.0
+            factor = dtype.type(2 * alpha * (ratio - 1) / (ratio * count)) if ratio > 0 else dtype.type(0)
+            for j in range(H):
+                back[n, j] *= factor * saved[t, j // V, b, 0, j % V]
+        add_product(d_weight, flat, 0, row, 1, (0, 1), products, 0, H, rows, (0, units), scratch)
+        figures[0] = total / count if count else 0.0
+
+    return omega
+
+
+def prepare_omega(
+    saved: Array, d_h: Array, lengths: Array, weight: Array, d_weight: Array, alpha: float, figures: Array
+) -> Bound:
+    """Return what adds α ∂⁺Ω/∂W_hh to d_weight after BPTT: saved of the layer's trace, d_h (T+1, B, H) its gradient."""
+    dtype, (T, units, B, _, V), H = weight.dtype, saved.shape, len(weight)
+    rows = max(0, (T - 1) * B)
+    rooms = empty((rows, units * V), dtype), empty((rows, H), dtype)
+    work = *rooms, empty((H * units * V,), dtype), np.zeros(units * V, dtype), empty((scratch_size(H, V),), dtype)
+    work[0][:] = 0
+    return bind(_omega_kernel(dtype), saved, d_h, lengths, weight, d_weight, work, alpha, figures)
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+#: What `loop` counts: updates in all, those that moved the parameters, those skipped in a row, and the first parameter
+#: whose gradient was not finite in the last one that was skipped (−1: only their norm).
+DONE, MOVED, SKIPPED_IN_A_ROW, NOT_FINITE, COUNTS = range(5)
+
+#: What `loop` sets, of the last update: loss, norm before and after clipping, share of elements that were clipped,
+#: cosine with the true gradient, Ω; and sums over the updates that moved: their number, losses, how many were clipped,
+#: shares that were clipped.
+LOSS, NORM, CLIPPED_NORM, FRACTION, COSINE, OMEGA, COUNT, LOSSES, CLIPPED, FRACTIONS, FIGURES = range(11)
+
+
+@cached("loop")
+def loop(codes, generate, span, gradients, omega, exact, clip, update, inside, counts, figures, updates, patience):
+    """Take updates until `updates` are done or `patience` in a row were skipped because the gradient was not finite.
+
+    Where a generator is called, and the ends of `span` are not the same, all sequences of a batch have one length drawn
+    from between them, as in the program of Pascanu, Mikolov & Bengio (2013).
+    `inside`: the counts of a rule that clips within BPTT (see `cpu.Clip`), its gradient and the exact one, which `exact`
+    computes for the last update only: of the others the norm before clipping and the cosine are NaN.
+    """
+    clipped, gradient, exact_gradient = inside
+    weights, state, settings = update
+    for n in range(updates):
+        if codes[0] != 0:
+            if span[0] < span[1]:
+                generate[3][:] = generate[0].integers(span[0], span[1] + 1)
+            call(codes[0], generate)
+        clipped[:] = 0
+        call(codes[1], gradients)
+        if codes[2] != 0:
+            call(codes[2], omega)
+        call(codes[4], clip)
+        if len(clipped) > 0:
+            figures[NORM] = figures[COSINE] = np.nan
+            figures[FRACTION] = clipped[0, 0] / clipped[0, 1]
+            if codes[3] != 0 and n == updates - 1:
+                call(codes[3], exact)
+                compare(exact_gradient, gradient, figures[NORM:])
+        counts[DONE] += 1
+        if np.isfinite(figures[CLIPPED_NORM]):
+            counts[MOVED] += 1
+            counts[SKIPPED_IN_A_ROW] = 0
+            call(codes[5], (weights, gradient, state, counts[MOVED], settings))
+            figures[COUNT] += 1
+            figures[LOSSES] += figures[LOSS]
+            figures[CLIPPED] += figures[FRACTION] > 0
+            figures[FRACTIONS] += figures[FRACTION]
+        else:
+            counts[SKIPPED_IN_A_ROW] += 1
+            counts[NOT_FINITE] = -1
+            for i in range(len(gradient)):
+                if not np.isfinite(gradient[i]):
+                    counts[NOT_FINITE] = i
+                    break
+            if counts[SKIPPED_IN_A_ROW] >= patience:
+                break

@@ -1,0 +1,327 @@
+"""Synthetic memory tasks, each with its trivial baseline and its source; and sequences of one's own as a task.
+
+Generators are compiled, draw from a NumPy generator and fill arrays in place, so that the training loop calls them
+between two updates. A time step is the first axis; targets have one row a prediction, (N, 1) classes or (N, O) numbers,
+where N = B, or T·B with a prediction at every step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .checks import check_array, check_choice, check_dtype, check_lengths, check_positive, generator
+from .kernels.compiling import cached
+
+__all__ = ["TASKS", "Task", "dataset", "sample_task"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned.
+
+    generate: compiled (rng, x, targets, lengths, order, arrays) → None; it fills x (T, B, I) and targets of sequences
+    of `lengths` (B,) steps, zero past their end. A data set sets the lengths itself, takes its sequences from `arrays`
+    and remembers in `order` which are still to come in this epoch. baseline: length ↦ the loss of the best prediction
+    that has no memory. A prediction is right within `tolerance`, or where its class is the likeliest; a task counts as
+    solved when a smaller share of fresh sequences than `wrong_allowed` has a wrong one. `extra_steps` are added to the
+    length, which is `least` or more.
+    """
+
+    name: str
+    input_size: int
+    output_size: int
+    topology: str
+    loss: str
+    generate: Callable[..., None]
+    baseline: Callable[[int], float]
+    source: str
+    tolerance: float = 0.0
+    wrong_allowed: float = 0.01
+    extra_steps: int = 0
+    least: int = 10
+    arrays: tuple[Array, ...] = ()
+
+    def right(self, outputs: Array, targets: Array) -> NDArray[np.bool_]:
+        """Return (B,): the sequences of which every prediction is right, given g(y) of the model and targets."""
+        if self.loss == "cross_entropy":
+            right = (outputs.argmax(axis=-1) == targets) & np.isfinite(outputs).all(axis=-1)
+        else:
+            right = (np.abs(outputs - targets) < self.tolerance).all(axis=-1)
+        found: NDArray[np.bool_] = right.all(axis=0) if right.ndim == 2 else right
+        return found
+
+
+def sample_task(
+    name: str, length: int, batch: int, seed: int | np.random.Generator | None = None, dtype: DTypeLike = "float32"
+) -> tuple[Array, Array]:
+    """Draw sequences x (T, B, I) of a task of `TASKS` and their targets, shaped as `SequenceModel` takes them.
+
+    T is `length` and the task's extra steps. Raises ValueError for an unknown name or sizes out of range.
+    """
+    task = TASKS[check_choice("name", name, TASKS)]
+    T, B = check_steps(task, length), check_positive("batch", batch)
+    rng = seed if isinstance(seed, np.random.Generator) else generator(seed, name)
+    x, targets = np.empty((T, B, task.input_size), check_dtype("dtype", dtype)), target_rows(task, T, B, dtype)
+    task.generate(rng, x, targets, np.full(B, T), np.zeros(1, np.int64), ())
+    shape = (T, B) if task.topology == "many_to_many" else (B,)
+    return x, targets.reshape(shape if task.loss == "cross_entropy" else (*shape, task.output_size))
+
+
+def check_steps(task: Task, length: Any) -> int:
+    """Return the steps of a sequence of this length of a synthetic task."""
+    if check_positive("length", length) < task.least:
+        raise ValueError(f"length must be at least {task.least} for {task.name}, got {length}")
+    return int(length) + task.extra_steps
+
+
+def target_rows(task: Task, steps: int, batch: int, dtype: DTypeLike) -> Array:
+    """Return room for the targets of a batch, one row a prediction."""
+    rows, classes = steps * batch if task.topology == "many_to_many" else batch, task.loss == "cross_entropy"
+    return np.zeros((rows, 1 if classes else task.output_size), np.int64 if classes else dtype)
+
+
+# Generators ---------------------------------------------------------------------------------------------------------
+
+
+def _two_marked(name: str, product: bool) -> Any:
+    """Values from U(0, 1), of which one in each half is marked with a 1: Arjovsky, Shah & Bengio (2016), sec. 4.2."""
+
+    @cached(name)
+    def generate(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+        x[:] = 0
+        for b in range(x.shape[1]):
+            T = lengths[b]
+            for t in range(T):
+                x[t, b, 0] = rng.random()
+            first, second = rng.integers(0, T // 2), rng.integers(T // 2, T)
+            x[first, b, 1] = x[second, b, 1] = 1
+            one, other = x[first, b, 0], x[second, b, 0]
+            targets[b, 0] = one * other if product else one + other
+
+    return generate
+
+
+@cached("adding_1997")
+def _adding_1997(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+    """Hochreiter & Schmidhuber (1997), sec. 5.4: marked are one of the first ten and one of the first half."""
+    x[:] = 0
+    for b in range(x.shape[1]):
+        T = lengths[b]
+        for t in range(T):
+            x[t, b, 0] = 2 * rng.random() - 1
+        first, second = rng.integers(0, 10), rng.integers(0, T // 2 - 1)
+        second += second >= first
+        x[0, b, 1] = x[T - 1, b, 1] = -1
+        x[first, b, 1] = x[second, b, 1] = 1
+        if first == 0 or second == 0:
+            x[0, b, 0] = 0
+        targets[b, 0] = 0.5 + (x[first, b, 0] + x[second, b, 0]) / 4
+
+
+@cached("copying")
+def _copying(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+    """Ten of eight symbols, blanks (8), a delimiter (9) and blanks, while the symbols are to be repeated."""
+    x[:], targets[:] = 0, 0
+    B = x.shape[1]
+    for b in range(B):
+        last = lengths[b] - 10
+        for t in range(lengths[b]):
+            symbol = rng.integers(0, 8) if t < 10 else 9 if t == last - 1 else 8
+            x[t, b, symbol] = 1
+            if t < last:
+                targets[t * B + b, 0] = 8
+            if t < 10:
+                targets[(last + t) * B + b, 0] = symbol
+
+
+def _temporal_order(name: str, starts: tuple[float, ...]) -> Any:
+    """Distractors, and a relevant symbol within a tenth of the length from each of `starts`, in parts of the length."""
+
+    @cached(name)
+    def generate(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+        x[:] = 0
+        for b in range(x.shape[1]):
+            T, kind = lengths[b], 0
+            for t in range(T):
+                x[t, b, rng.integers(2, 6)] = 1
+            for k in range(len(starts)):
+                t, symbol = int(T * starts[k]) + rng.integers(0, int(T * 0.1)), rng.integers(0, 2)
+                x[t, b] = 0
+                x[t, b, symbol] = 1
+                kind += symbol << k
+            targets[b, 0] = kind
+
+    return generate
+
+
+@cached("parity")
+def _parity(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+    """Bits as ±1: whether the number of +1 is odd."""
+    x[:] = 0
+    for b in range(x.shape[1]):
+        odd = 0
+        for t in range(lengths[b]):
+            bit = rng.integers(0, 2)
+            x[t, b, 0], odd = 2 * bit - 1, odd ^ bit
+        targets[b, 0] = odd
+
+
+@cached("noisy_recall")
+def _noisy_recall(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+    """The class as ±1 in the first three steps, then noise of variance 0.2 in the same input."""
+    x[:] = 0
+    for b in range(x.shape[1]):
+        kind = rng.integers(0, 2)
+        for t in range(lengths[b]):
+            x[t, b, 0] = 2 * kind - 1 if t < 3 else math.sqrt(0.2) * rng.standard_normal()
+        targets[b, 0] = kind
+
+
+@cached("dataset")
+def _from_arrays(rng: Any, x: Array, targets: Array, lengths: Array, order: Array, arrays: Any) -> None:
+    """Draw without replacement within an epoch; order[0] sequences are left of it, the last ones of order[1:]."""
+    all_x, all_targets, all_lengths = arrays
+    B, count = x.shape[1], all_x.shape[1]
+    for b in range(B):
+        if order[0] == 0:
+            order[0], order[1:] = count, rng.permutation(count)
+        n = order[order[0]]
+        order[0] -= 1
+        x[:, b], lengths[b] = all_x[:, n], all_lengths[n]
+        for t in range(len(targets) // B):
+            targets[t * B + b] = all_targets[t * count + n]
+
+
+def dataset(
+    x: Array,
+    targets: Array,
+    lengths: Any = None,
+    *,
+    loss: str = "cross_entropy",
+    every: bool = False,
+    output_size: int | None = None,
+    name: str = "dataset",
+) -> Task:
+    """Return sequences x (T, N, I) with targets as a task: minibatches without replacement within each epoch.
+
+    Targets are (N,) classes or (N, O) numbers, with `every` (T, N) or (T, N, O) for a prediction at every step of each
+    sequence; `output_size` is by default the number of classes seen, or O. Raises TypeError and ValueError as
+    `SequenceModel.loss_and_gradients` does.
+    """
+    check_choice("loss", loss, ("cross_entropy", "mse", "bce"))
+    if not isinstance(x, np.ndarray) or not isinstance(targets, np.ndarray):
+        raise TypeError(f"x and targets must be numpy arrays, got {type(x).__name__} and {type(targets).__name__}")
+    x = check_array("x", x, ("T", "N", "I"), check_dtype("dtype of x", x.dtype))
+    T, N, I = x.shape
+    shape = (T, N) if every else (N,)
+    if loss == "cross_entropy":
+        if targets.dtype.kind not in "iu" or targets.shape != shape or targets.min() < 0:
+            raise ValueError(f"targets must be integers from 0 of shape {shape}, got {targets.dtype} {targets.shape}")
+        rows, outputs = targets.astype(np.int64).reshape(-1, 1), int(targets.max()) + 1
+    else:
+        rows = check_array("targets", targets, (*shape, "O"), x.dtype).reshape(math.prod(shape), -1)
+        outputs = rows.shape[1]
+    arrays = x, rows, check_lengths("lengths", lengths, N, T)
+    topology = "many_to_many" if every else "many_to_one"
+    size = outputs if output_size is None else check_positive("output_size", output_size)
+    if size < outputs:
+        raise ValueError(f"output_size must be at least {outputs} for these targets, got {size}")
+    return Task(name, I, size, topology, loss, _from_arrays, lambda length: math.nan, "given arrays", arrays=arrays)
+
+
+# The tasks ----------------------------------------------------------------------------------------------------------
+
+
+def _adding_1997_baseline(length: int) -> float:
+    """The variance of the target: a first pair that is marked, by either draw, counts as 0."""
+    first, second = 1 / 10, 9 / 10 / (length // 2 - 1)
+    return (2 - first - second) / 3 / 16
+
+
+def _order(name: str, starts: tuple[float, ...], source: str) -> Task:
+    classes, generate = 2 ** len(starts), _temporal_order(name, starts)
+    return Task(name, 6, classes, "many_to_one", "cross_entropy", generate, lambda length: math.log(classes), source)
+
+
+_ONE = ("many_to_one", "mse")
+_CLASS = ("many_to_one", "cross_entropy")
+_HS = "Hochreiter & Schmidhuber (1997), Neural Computation 9(8)"
+
+#: Tasks by name.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "adding",
+            2,
+            1,
+            *_ONE,
+            _two_marked("adding", False),
+            lambda length: 1 / 6,
+            "Le, Jaitly & Hinton (2015), arXiv:1504.00941, with the positions of Arjovsky, Shah & Bengio (2016)",
+            tolerance=0.08,  # 0.04 in the scale of 1997, which is half of this one
+        ),
+        Task(
+            "adding_1997",
+            2,
+            1,
+            *_ONE,
+            _adding_1997,
+            _adding_1997_baseline,
+            f"{_HS}, sec. 5.4",
+            tolerance=0.04,
+            least=22,
+        ),
+        Task(
+            "multiplication",
+            2,
+            1,
+            *_ONE,
+            _two_marked("multiplication", True),
+            lambda length: 1 / 9 - 1 / 16,
+            f"{_HS}, sec. 5.5, with the positions of `adding`",
+            tolerance=0.04,
+        ),
+        Task(
+            "copying",
+            10,
+            9,
+            "many_to_many",
+            "cross_entropy",
+            _copying,
+            lambda length: 10 * math.log(8) / (length + 20),
+            "Arjovsky, Shah & Bengio (2016), arXiv:1511.06464, sec. 4.1",
+            extra_steps=20,
+            least=1,
+        ),
+        _order("temporal_order", (0.1, 0.5), f"{_HS}, task 6a; Pascanu, Mikolov & Bengio (2013), sec. 4.1"),
+        _order("temporal_order_3", (0.1, 0.3, 0.6), f"{_HS}, task 6b; positions of Pascanu et al.'s program"),
+        _order("temporal_order_4", (0.1, 0.3, 0.5, 0.7), "task 6b of Hochreiter & Schmidhuber (1997), one more symbol"),
+        Task(
+            "parity",
+            1,
+            2,
+            *_CLASS,
+            _parity,
+            lambda length: math.log(2),
+            "Bengio, Simard & Frasconi (1994), IEEE Transactions on Neural Networks 5(2)",
+            least=1,
+        ),
+        Task(
+            "noisy_recall",
+            1,
+            2,
+            *_CLASS,
+            _noisy_recall,
+            lambda length: math.log(2),
+            f"{_HS}, task 3a (the 2-sequence problem of Bengio, Simard & Frasconi 1994)",
+            least=4,
+        ),
+    )
+}
