@@ -147,7 +147,7 @@ def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
     if problem.scope == "step":
         model = problem.model(dtype)
 
-        take = TrainingStep(model, *x.shape[:2], SGD(LEARNING_RATE), ByGlobalNorm(THRESHOLD))
+        take = TrainingStep(model, x.shape[0], x.shape[1], SGD(LEARNING_RATE), ByGlobalNorm(THRESHOLD))
 
         def step() -> None:
             take(x, labels)

@@ -154,7 +154,8 @@ class TrainingStep:
         self._x[:], self._lengths[:] = x, steps
         before = self.counts[steps_of.MOVED]
         self.run(1)
-        return StepResult(*self.figures[: steps_of.OMEGA].tolist(), bool(self.counts[steps_of.MOVED] > before))
+        loss, norm, clipped_norm, fraction, cosine = self.figures[: steps_of.OMEGA].tolist()
+        return StepResult(loss, norm, clipped_norm, fraction, cosine, bool(self.counts[steps_of.MOVED] > before))
 
     def feed(self, task: Task, rng: np.random.Generator, order: Array, span: tuple[int, int]) -> None:
         """Have every update draw a batch of a task, of sequences of as many steps as lie between the ends of `span`."""
@@ -365,7 +366,7 @@ class _Run:
         about = {"setting": self.setting, "rng": self.rng.bit_generator.state, **vars(self.log)}
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as stream:
-            np.savez(stream, about=np.array(json.dumps(about)), **self._arrays())
+            np.savez(stream, allow_pickle=False, about=np.array(json.dumps(about)), **self._arrays())
         temporary.replace(file)
 
     def load(self, file: Path) -> None:

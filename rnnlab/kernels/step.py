@@ -226,8 +226,8 @@ def loop(codes, generate, span, gradients, omega, exact, clip, update, inside, c
 
     Where a generator is called, and the ends of `span` are not the same, all sequences of a batch have one length drawn
     from between them, as in the program of Pascanu, Mikolov & Bengio (2013).
-    `inside`: the counts of a rule that clips within BPTT (see `cpu.Clip`), its gradient and the exact one, which `exact`
-    computes for the last update only: of the others the norm before clipping and the cosine are NaN.
+    `inside`: the counts of a rule that clips within BPTT (see `cpu.Clip`), its gradient and the exact one. `exact`
+    computes that for the last update only: of the others the norm before clipping and the cosine are NaN.
     """
     clipped, gradient, exact_gradient = inside
     weights, state, settings = update
