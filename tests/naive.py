@@ -49,7 +49,8 @@ def affine(p, side, v):
 
 
 def affine_backward(p, side, v, da):
-    """dL/dv, and the derivatives of W and b, from da = dL/d(W v + b)."""
+    """dL/dv, and the derivatives of W and b, from da = dL/d(W v + b), its elements clipped to p["limit"]."""
+    da = np.clip(da, -p.get("limit", np.inf), p.get("limit", np.inf))
     return da @ p[f"weight_{side}"], {f"weight_{side}": da.T @ v, f"bias_{side}": da.sum(axis=0)}
 
 
@@ -333,8 +334,11 @@ def forward(cell, params, x, state=None, lengths=None, num_layers=1, bidirection
     return Trace(output, h, c, unstacked(states[:, :, T].copy()), cell, params, x, lengths, num_layers, D, saved)
 
 
-def backward(trace, d_output, d_final=None):
-    """Backpropagation through time from d_output (T, B, D·H), read within the lengths, and d_final, as trace.final."""
+def backward(trace, d_output, d_final=None, clip_states=np.inf, clip_gates=np.inf):
+    """Backpropagation through time from d_output (T, B, D·H), read within the lengths, and d_final, as trace.final.
+
+    Clipped on its way: the norm of each sequence's dL/d(h, c) at every step, and each element of dL/d(W v + b).
+    """
     (T, B, _), H, L, D = trace.x.shape, trace.h[0].shape[2], trace.layers, trace.directions
     S = CELLS[trace.cell].states
     d_states = np.zeros((S, L * D, T + 1, B, H))
@@ -350,8 +354,13 @@ def backward(trace, d_output, d_final=None):
             for s in reversed(range(T)):
                 rows, times = running(trace.lengths, s, reverse=direction == 1)
                 d_states[0, k, s + 1, rows] += d_layer_output[times, rows, direction * H : (direction + 1) * H]
+                for b in rows:
+                    norm = np.sqrt((d_states[:, k, s + 1, b] ** 2).sum())
+                    if norm > clip_states:
+                        d_states[:, k, s + 1, b] *= clip_states / norm
                 d_new = d_states[:, k, s + 1, rows]
-                dx, d_old, d_total, grads = CELLS[trace.cell].step_backward(p, *trace.saved[k][s], *d_new)
+                limited = p | {"limit": clip_gates}
+                dx, d_old, d_total, grads = CELLS[trace.cell].step_backward(limited, *trace.saved[k][s], *d_new)
                 d_states[:, k, s + 1, rows] = d_total
                 d_states[:, k, s] = d_states[:, k, s + 1]  # passed on where the sequence has ended
                 d_states[:, k, s, rows] = d_old
