@@ -69,12 +69,12 @@ def test_properties_of_rules_for_the_whole_gradient(rule, seed, scale, threshold
             limit = threshold * (max(np.linalg.norm(weight.astype(float)), 1e-3) if rule is Adaptive else 1)
             norm = np.linalg.norm(old.astype(float))
             new[...] = old * min(1, limit / norm)
-            assert np.linalg.norm(new.astype(float)) <= limit * (1 + 2 * u)
+            assert np.linalg.norm(new.astype(float)) <= limit * (1 + w)
             if norm <= limit:
                 np.testing.assert_array_equal(new, old)
-    np.testing.assert_allclose(clipped.flat, expected.flat, rtol=2 * u, atol=0)
+    np.testing.assert_allclose(clipped.flat, expected.flat, rtol=w, atol=0)
     again, once_more = rule(threshold)(clipped, weights)
-    np.testing.assert_allclose(again.flat, clipped.flat, rtol=2 * u, atol=0)
+    np.testing.assert_allclose(again.flat, clipped.flat, rtol=w, atol=0)
     assert once_more.norm == pytest.approx(record.clipped_norm, rel=w)
     exact, found = before.astype(float), clipped.flat.astype(float)
     assert record.norm == pytest.approx(np.linalg.norm(exact), rel=1e-14)
@@ -123,15 +123,15 @@ def problem(cell, every=False, B=3, **options):
     return model, x, rng.normal(size=(9, B, 2) if every else (B, 2)).astype(net.dtype)
 
 
-#: Thresholds that clip about half of what they look at.
-WITHIN = {"clip_states": (PerTimeStep, 0.2), "clip_gates": (AtPreActivations, 0.01)}
+#: Thresholds that clip some of what they look at, and not all: in networks with random adjoints, in those of `problem`.
+WITHIN = {"clip_states": (PerTimeStep, 0.5, 0.02), "clip_gates": (AtPreActivations, 0.01, 0.01)}
 
 
 @pytest.mark.parametrize("shape", ["plain", "lengths", "stacked"])
 @pytest.mark.parametrize("kind", WITHIN)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "lstm_peephole", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
 def test_clipping_within_bptt_is_that_of_the_textbook(cell, kind, shape):
-    rule, threshold = WITHIN[kind]
+    rule, threshold, _ = WITHIN[kind]
     layers, lengths = 2 if shape == "stacked" else 1, [9, 2, 6] if shape == "lengths" else None
     net, params = random_network(cell, 3, 11, layers, scale=0.7, seed=1)
     rng = np.random.default_rng(2)
@@ -156,15 +156,16 @@ def test_clipping_within_bptt_is_that_of_the_textbook(cell, kind, shape):
         norms = np.sqrt(sum(np.square(part[-1]).sum(axis=-1) for part in (got.h, got.c) if part))
         if cell.startswith("lstm"):  # there c also counts what it does to h of the same step
             norms = np.linalg.norm(got.h[-1], axis=-1)
-        assert norms[1:].max() <= threshold * (1 + 1e-14)
+        ran = np.arange(9)[:, None] < trace.lengths  # past its end a sequence only hands its adjoint on
+        assert norms[1:][ran].max() <= threshold * (1 + 1e-14)
 
 
 @pytest.mark.parametrize("kind", WITHIN)
 def test_clipping_within_bptt_depends_on_no_thread(kind):
-    rule, threshold = WITHIN[kind]
-    net = Recurrent("lstm", 5, 70, seed=0)
+    rule, threshold, _ = WITHIN[kind]
+    net = Recurrent("lstm", 5, 70, dtype="float64", seed=0)
     rng, limit = np.random.default_rng(0), threads()
-    x, d_output = rng.normal(size=(40, 32, 5)).astype("float32"), rng.normal(size=(40, 32, 70)).astype("float32")
+    x, d_output = rng.normal(size=(40, 32, 5)), rng.normal(size=(40, 32, 70))
     trace, found = net.forward(x), []
     try:
         for count in (1, 2, 3):
@@ -182,7 +183,7 @@ def test_clipping_within_bptt_depends_on_no_thread(kind):
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("kind", WITHIN)
 def test_gradients_of_a_model_clipped_within_bptt(kind, every):
-    rule, threshold = WITHIN[kind]
+    rule, _, threshold = WITHIN[kind]
     model, x, targets = problem("gru", every)
     exact = model.loss_and_gradients(x, targets).params
     gradient, record = clipped_gradients(model, x, targets, rule(threshold))
@@ -191,7 +192,7 @@ def test_gradients_of_a_model_clipped_within_bptt(kind, every):
     assert record.clipped_norm == pytest.approx(np.linalg.norm(gradient.flat), rel=1e-14)
     cosine = exact.flat @ gradient.flat / record.norm / record.clipped_norm
     assert record.cosine == pytest.approx(cosine, rel=1e-14)
-    assert record.cosine < 0.999
+    assert record.cosine < 1 - 1e-4
     np.testing.assert_array_equal(gradient["readout.weight"], exact["readout.weight"])
     # At 1,000 times the largest adjoint nothing is clipped, and only the order of a sum differs.
     untouched, record = clipped_gradients(model, x, targets, rule(1e3))
@@ -209,7 +210,7 @@ def test_energy_removed_by_a_norm_is_the_same_at_every_step():
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
-@pytest.mark.parametrize("rule", [ByValue(0.003), *(rule(threshold) for rule, threshold in WITHIN.values())])
+@pytest.mark.parametrize("rule", [ByValue(0.003), *(rule(threshold) for rule, _, threshold in WITHIN.values())])
 def test_energy_removed_is_that_of_what_the_textbook_adds_at_each_step(rule, cell, monkeypatch):
     model, x, targets = problem(cell, every=True)
     params = {name[4:]: array for name, array in model.params.items() if name.startswith("rnn.")}
@@ -249,9 +250,9 @@ def test_bad_arguments_are_named():
         PerTimeStep(1.0)(gradient)
     with pytest.raises(ValueError, match="weights must be the parameters for Adaptive, got None"):
         Adaptive(0.1)(gradient)
-    generating = SequenceModel(Recurrent("lstm", 2, 5, seed=0), 2, "one_to_many", "mse", seed=0)
+    generating = SequenceModel(Recurrent("lstm", 2, 5, dtype="float64", seed=0), 2, "one_to_many", "mse", seed=0)
     with pytest.raises(ValueError, match="clipping within BPTT needs inputs that are given, got topology one_to_many"):
-        clipped_gradients(generating, np.zeros((1, 2, 2), "float32"), np.zeros((3, 2, 2), "float32"), PerTimeStep(1.0))
+        clipped_gradients(generating, np.zeros((1, 2, 2)), np.zeros((3, 2, 2)), PerTimeStep(1.0))
     two = SequenceModel(Recurrent("lstm", 2, 5, bidirectional=True, seed=0), 2, "many_to_one", "mse", seed=0)
     with pytest.raises(ValueError, match="model must have biases and one direction"):
         energy_removed(two, np.zeros((3, 2, 2), "float32"), np.zeros((2, 2), "float32"), ByValue(1.0))

@@ -729,12 +729,12 @@ def prepare_backward(
     chunk = min(T, chunk_steps(B))
     places = _backward_work(cell, V, I, H, chunk * B, B)
     parties, by_units = plan(cell, T, B, I, H, dtype, scaled or clip is not None)
-    mode, *limit = clip or ("scaled" if scaled else "plain", 0.0, np.zeros((0, 8), np.int64))
+    mode, limit, counts = clip or ("scaled" if scaled else "plain", 0.0, np.zeros((0, 8), np.int64))
     panels = max(backward_panel(cell, V)[1][-1], scratch_size(max(I, H), V))
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih, weights.weight_hh,
         weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h, d_state, exponent, dx, *into,
-        *_rooms(places, parties, panels, B, H, dtype), chunk, *limit,
+        *_rooms(places, parties, panels, B, H, dtype), chunk, float(limit), counts,
     )  # fmt: skip
     call = Call(_backward_kernel(cell, dtype, mode), arguments, parties, by_units)
     if scaled:
