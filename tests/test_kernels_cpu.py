@@ -297,7 +297,7 @@ def signatures(cell, dtype):
         types.int64,
     }
     a = array_of
-    return dict(zip(KERNELS, [*calls, (a(2), a(1), a(2), a(3), a(4))], strict=True))
+    return dict(zip(KERNELS, [*calls, (a(2), a(1), a(2), a(3), a(3), a(4))], strict=True))
 
 
 @cache

@@ -1,0 +1,235 @@
+"""Lyapunov spectra: how fast small perturbations of a network's state grow or shrink in every direction."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.linalg import qr
+
+from .cells import Cell
+from .checks import check_array, check_positive, generator
+from .kernels import backend
+from .rnn import Recurrent, State
+
+__all__ = ["Lyapunov", "lyapunov_spectrum"]
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+
+#: Steps whose trajectory is computed at a time, and the longest interval.
+_CHUNK = 64
+#: Between two QR decompositions the directions may grow apart by e^18, which leaves half of float64's digits.
+_SPREAD = 18.0
+
+
+@dataclass(frozen=True)
+class Lyapunov:
+    """A Lyapunov spectrum.
+
+    exponents (k,): nats per step, descending; −∞ where J is singular to float64's precision. error (k,): half the
+    difference of the averages over the first and the second half of the steps. dimension: Kaplan & Yorke (1979).
+    entropy: the sum of the positive exponents, nats per step, an upper bound on the entropy rate (Pesin). Both are NaN
+    where the k leading exponents do not settle them. interval: steps from one QR decomposition to the next.
+    """
+
+    exponents: Floats
+    error: Floats
+    dimension: float
+    entropy: float
+    interval: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row an exponent: index (from 1), exponent_nats_per_step, error_nats_per_step."""
+        index = np.arange(1, len(self.exponents) + 1)
+        columns = {"index": index, "exponent_nats_per_step": self.exponents, "error_nats_per_step": self.error}
+        return pd.DataFrame(columns)
+
+
+def lyapunov_spectrum(
+    net: Recurrent,
+    x: Array | None = None,
+    *,
+    steps: int,
+    transient: int,
+    interval: int | None = None,
+    exponents: int | None = None,
+    state: State | None = None,
+    seed: int = 0,
+) -> Lyapunov:
+    """Return the Lyapunov spectrum of a network along x (T, 1, I), or without any input where x is None.
+
+    The tangent vectors of the whole state, L·S·H (all layers; h and c), are orthonormalised by QR every `interval`
+    steps (Benettin et al. 1980; for RNNs Engelken, Wolf & Abbott 2023): None takes as many as their measured spread
+    allows, and an interval over which float64 would lose the smallest is halved. They run along for `transient` steps,
+    then for `steps` that count; T must be at least the sum. `exponents` asks for so many leading ones (None: all).
+    `state` is the first one, in the form of `Trace.final` with B = 1; None draws it from N(0, 1), as a network at rest
+    may stay there. The tangent vectors are float64 whatever the network's dtype.
+
+    Raises TypeError and ValueError for arguments that do not fit, ValueError for a bidirectional network, which has no
+    state that goes forward, and for one whose states or perturbations overflow.
+    """
+    if net.bidirectional:
+        raise ValueError(f"net must run in one direction, got {net!r}")
+    total = check_positive("steps", steps) + (check_positive("transient", transient) if transient != 0 else 0)
+    x = np.zeros((total, 1, net.input_size), net.dtype) if x is None else x
+    x = check_array("x", x, ("T", 1, net.input_size), net.dtype)
+    if len(x) < total:
+        raise ValueError(f"x must have at least transient + steps = {total} steps, got {len(x)}")
+    shape = net.num_layers, len(net.cell.states), net.hidden_size
+    size = math.prod(shape)
+    count = size if exponents is None else check_positive("exponents", exponents)
+    if count > size:
+        raise ValueError(f"exponents must be at most the size of the state, {size}, got {exponents!r}")
+    if interval is not None:
+        check_positive("interval", interval)
+    if state is None:
+        drawn = generator(seed, "state").normal(size=(shape[1], shape[0], 1, shape[2])).astype(net.dtype)
+        state = net.unstack_state(drawn)
+    # Each vector has its own draws, so that the first ones do not depend on how many are asked for.
+    frame, _, _ = _orthonormalise(generator(seed, "tangents").normal(size=(count, size)).T)
+    stream = _linearise(net, x[:total], state)
+    layers = [_Layer(*(w.astype(np.float64) for w in net.weights(k)[:2])) for k in range(net.num_layers)]
+    frame, settling = _run(net.cell, layers, stream, frame, shape, transient, 1 if interval is None else interval)
+    if interval is None:
+        interval = _longest(settling)
+    _, logs = _run(net.cell, layers, stream, frame, shape, steps, interval)
+    return _summarise(logs, size, interval)
+
+
+class _Layer(NamedTuple):
+    weight_ih: Floats
+    weight_hh: Floats
+
+
+def _linearise(net: Recurrent, x: Array, state: State) -> Iterator[list[Any]]:
+    """Yield of every step what the Jacobian of each layer is made of: `kernels.cpu.Diagonals` with N = 1."""
+    for start in range(0, len(x), _CHUNK):
+        trace = net.forward(x[start : start + _CHUNK], state)
+        state, T = trace.final, len(trace.output)
+        if not all(np.isfinite(part).all() for part in (trace.output, *(layer.state[:, T] for layer in trace.layers))):
+            raise ValueError(f"net must have finite states, those of {net!r} overflow within {start + T} steps")
+        parts = [
+            backend("cpu").diagonals(net.cell, layer, net.weights(k), 0, T) for k, layer in enumerate(trace.layers)
+        ]
+        for t in range(T):
+            yield [type(part)(*(values.astype(np.float64) for values in _of_step(part, t))) for part in parts]
+
+
+def _of_step(part: Any, t: int) -> tuple[Array, ...]:
+    return part.ax[:, t], part.ah[:, t], part.old[:, :, t], part.reset[:, t]
+
+
+def _run(
+    cell: Cell,
+    layers: list[_Layer],
+    stream: Iterator[list[Any]],
+    frame: Floats,
+    shape: tuple[int, int, int],
+    steps: int,
+    interval: int,
+) -> tuple[Floats, list[tuple[int, Floats]]]:
+    """Carry the orthonormal frame (n, k) on; return it and of every interval its steps and the logarithms of growth."""
+    logs = []
+    for start in range(0, steps, interval):
+        block = list(itertools.islice(stream, min(interval, steps - start)))
+        frame, growth = _advance(cell, layers, block, frame, shape)
+        logs.append((len(block), growth))
+    return frame, logs
+
+
+def _advance(
+    cell: Cell, layers: list[_Layer], block: list[Any], frame: Floats, shape: tuple[int, int, int]
+) -> tuple[Floats, Floats]:
+    """Return the frame after a block of steps, and ln of the growth (k,); in two halves if digits would be lost."""
+    tangents = frame
+    with np.errstate(over="ignore", invalid="ignore"):
+        for step in block:
+            tangents = _tangents(cell, layers, step, tangents.reshape(*shape, -1)).reshape(frame.shape)
+    finite = np.isfinite(tangents).all()
+    if finite:
+        new, growth, lost = _orthonormalise(tangents)
+        if not lost or len(block) == 1:
+            return new, growth
+    elif len(block) == 1:
+        raise ValueError("net must have finite derivatives, a perturbation overflows float64 in one step")
+    middle = len(block) // 2
+    frame, first = _advance(cell, layers, block[:middle], frame, shape)
+    frame, second = _advance(cell, layers, block[middle:], frame, shape)
+    return frame, first + second
+
+
+def _tangents(cell: Cell, layers: list[_Layer], step: list[Any], old: Floats) -> Floats:
+    """Return J·old for tangent vectors (L, S, H, k), without forming J.
+
+    new_s = Σ_g ah_sg ∘ (W_hh,g h) + Σ_q old_sq ∘ old_q, and from the second layer on + Σ_g ax_sg ∘ (W_ih,g h_below).
+    """
+    new = np.empty_like(old)
+    _, _, H, k = old.shape
+    for layer, (weights, part) in enumerate(zip(layers, step, strict=True)):
+        ah = (weights.weight_hh @ old[layer, 0]).reshape(-1, H, k)
+        ax = (weights.weight_ih @ new[layer - 1, 0]).reshape(-1, H, k) if layer else np.zeros_like(ah)
+        if cell.reset:
+            r, reset_r = part.reset[:, :, None]
+            ah[-1] = weights.weight_hh[-H:] @ (r * old[layer, 0] + reset_r * (ah[0] + ax[0]))
+        new[layer] = np.einsum("sgj,gjk->sjk", part.ah, ah) + np.einsum("sqj,qjk->sjk", part.old, old[layer])
+        if layer:
+            new[layer] += np.einsum("sgj,gjk->sjk", part.ax, ax)
+    return new
+
+
+def _orthonormalise(tangents: Floats) -> tuple[Floats, Floats, bool]:
+    """Return an orthonormal frame of the columns, ln of the volumes that they add, and whether any is lost in rounding.
+
+    With its rows in descending order Householder's QR keeps small rows, those of saturated units, to their own
+    precision (Cox & Higham 1998). A diagonal element of R that is but rounding error of its row counts as zero.
+    """
+    size = np.abs(tangents).max(axis=1)
+    order = np.argsort(-size, kind="stable")
+    q, r = qr(tangents[order], overwrite_a=True, mode="economic", check_finite=False)
+    volumes = np.abs(np.diagonal(r))
+    lost = volumes <= len(tangents) * np.finfo(np.float64).eps * size[order][: len(volumes)]
+    frame = np.empty_like(tangents)
+    frame[order] = q
+    with np.errstate(divide="ignore"):
+        return frame, np.log(np.where(lost, 0.0, volumes)), bool(lost.any())
+
+
+def _longest(settling: list[tuple[int, Floats]]) -> int:
+    """Return over how many steps the spread of the growth, measured step by step, stays within `_SPREAD`."""
+    if not settling:
+        return 1
+    growth = np.stack([logs for _, logs in settling])
+    finite = np.where(np.isfinite(growth), growth, 0.0).mean(axis=0)
+    spread = max(0.0, finite.max()) - min(0.0, finite.min())
+    return int(np.clip(_SPREAD / max(spread, 1e-9), 1, _CHUNK))
+
+
+def _summarise(logs: list[tuple[int, Floats]], size: int, interval: int) -> Lyapunov:
+    lengths, growth = np.array([length for length, _ in logs]), np.stack([values for _, values in logs])
+    means = growth.sum(axis=0) / lengths.sum()
+    half = max(1, len(logs) // 2)
+    first = growth[:half].sum(axis=0) / lengths[:half].sum()
+    second = growth[half:].sum(axis=0) / lengths[half:].sum() if len(logs) > 1 else np.full_like(first, np.nan)
+    with np.errstate(invalid="ignore"):
+        error = np.where(first == second, 0.0, np.abs(first - second) / 2)
+    order = np.argsort(-means, kind="stable")
+    exponents = means[order]
+    return Lyapunov(exponents, error[order], _dimension(exponents, size), _entropy(exponents, size), interval)
+
+
+def _dimension(exponents: Floats, size: int) -> float:
+    """Return j + Σ_{i≤j} λ_i / |λ_{j+1}| with the largest j whose sum is not negative (Kaplan & Yorke 1979)."""
+    sums = np.cumsum(exponents)
+    j = int((sums >= 0).sum())
+    if j == len(exponents):
+        return float(j) if j == size else math.nan
+    return j + (float(sums[j - 1] / -exponents[j]) if j else 0.0)
+
+
+def _entropy(exponents: Floats, size: int) -> float:
+    return float(exponents[exponents > 0].sum()) if exponents[-1] <= 0 or len(exponents) == size else math.nan
