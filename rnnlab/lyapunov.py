@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.linalg import qr
 
 from .cells import Cell
 from .checks import check_array, check_positive, generator
@@ -23,8 +22,8 @@ Floats = NDArray[np.float64]
 
 #: Steps whose trajectory is computed at a time, and the longest interval.
 _CHUNK = 64
-#: Between two QR decompositions the directions may grow apart by e^18, which leaves half of float64's digits.
-_SPREAD = 18.0
+#: Between two QR decompositions directions may grow apart by this factor, which leaves half of float64's digits.
+_SPREAD = 1e8
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ def lyapunov_spectrum(
     frame, settling = _run(net.cell, layers, stream, frame, shape, transient, 1 if interval is None else interval)
     if interval is None:
         interval = _longest(settling)
+    interval = min(interval, max(1, steps // 2))  # two halves to compare
     _, logs = _run(net.cell, layers, stream, frame, shape, steps, interval)
     return _summarise(logs, size, interval)
 
@@ -150,12 +150,13 @@ def _advance(
     with np.errstate(over="ignore", invalid="ignore"):
         for step in block:
             tangents = _tangents(cell, layers, step, tangents.reshape(*shape, -1)).reshape(frame.shape)
-    finite = np.isfinite(tangents).all()
+    finite, single = np.isfinite(tangents).all(), len(block) == 1
     if finite:
-        new, growth, lost = _orthonormalise(tangents)
-        if not lost or len(block) == 1:
-            return new, growth
-    elif len(block) == 1:
+        new, volumes, precision = _orthonormalise(tangents)
+        if single or (volumes > _SPREAD * precision).all():
+            with np.errstate(divide="ignore"):  # below its precision a volume is 0: J is singular
+                return new, np.log(np.where(volumes > precision, volumes, 0.0))
+    elif single:
         raise ValueError("net must have finite derivatives, a perturbation overflows float64 in one step")
     middle = len(block) // 2
     frame, first = _advance(cell, layers, block[:middle], frame, shape)
@@ -182,31 +183,29 @@ def _tangents(cell: Cell, layers: list[_Layer], step: list[Any], old: Floats) ->
     return new
 
 
-def _orthonormalise(tangents: Floats) -> tuple[Floats, Floats, bool]:
-    """Return an orthonormal frame of the columns, ln of the volumes that they add, and whether any is lost in rounding.
+def _orthonormalise(tangents: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return an orthonormal frame of the columns, the volumes that they add one by one, and how exact each volume is.
 
     With its rows in descending order Householder's QR keeps small rows, those of saturated units, to their own
-    precision (Cox & Higham 1998). A diagonal element of R that is but rounding error of its row counts as zero.
+    precision (Cox & Higham 1998).
     """
     size = np.abs(tangents).max(axis=1)
     order = np.argsort(-size, kind="stable")
-    q, r = qr(tangents[order], overwrite_a=True, mode="economic", check_finite=False)
-    volumes = np.abs(np.diagonal(r))
-    lost = volumes <= len(tangents) * np.finfo(np.float64).eps * size[order][: len(volumes)]
+    q, r = np.linalg.qr(tangents[order])  # NumPy's, as are the products: SciPy brings a second pool of BLAS threads
     frame = np.empty_like(tangents)
     frame[order] = q
-    with np.errstate(divide="ignore"):
-        return frame, np.log(np.where(lost, 0.0, volumes)), bool(lost.any())
+    precision = len(tangents) * np.finfo(np.float64).eps * size[order][: q.shape[1]]
+    return frame, np.abs(np.diagonal(r)), precision
 
 
 def _longest(settling: list[tuple[int, Floats]]) -> int:
-    """Return over how many steps the spread of the growth, measured step by step, stays within `_SPREAD`."""
+    """Return over how many steps growth apart, as measured step by step, stays within `_SPREAD`."""
     if not settling:
         return 1
     growth = np.stack([logs for _, logs in settling])
     finite = np.where(np.isfinite(growth), growth, 0.0).mean(axis=0)
     spread = max(0.0, finite.max()) - min(0.0, finite.min())
-    return int(np.clip(_SPREAD / max(spread, 1e-9), 1, _CHUNK))
+    return int(np.clip(math.log(_SPREAD) / max(spread, 1e-9), 1, _CHUNK))
 
 
 def _summarise(logs: list[tuple[int, Floats]], size: int, interval: int) -> Lyapunov:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "roofline"]
+__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "ranges", "roofline"]
 
 #: Colour-blind safe, in a fixed order.
 PALETTE = sns.color_palette("colorblind")
@@ -90,6 +90,17 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, style: st
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(sorted(set(frame[x])), [f"{size:g}" for size in sorted(set(frame[x]))], fontsize=8)
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.legend(fontsize=8)
+
+
+def ranges(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, low: str, high: str, hue: str, style: str) -> None:
+    """Draw dots with bars from `low` to `high`, coloured by `hue`, shaped by `style`; and the line at 0."""
+    for colour, (shade, part) in zip(PALETTE, frame.groupby(hue, sort=False), strict=False):
+        for marker, (name, dots) in zip("osD^", part.groupby(style, sort=False), strict=False):
+            ends = [dots[y] - dots[low], dots[high] - dots[y]]
+            label = _words(f"{shade}, {style} {name}")
+            ax.errorbar(dots[x], dots[y], ends, fmt=marker, color=colour, markersize=4, capsize=2, label=label)
+    ax.axhline(0, color="k", linewidth=1)
     ax.legend(fontsize=8)
 
 
