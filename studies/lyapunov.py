@@ -9,8 +9,9 @@ gradients grow and shrink at the same rates on their way back. What to look for:
 - upper right: the largest exponent and the mean of all, less what mean field theory predicts for N → ∞ (½ ln χ; and
   ln g − ½ + ⟨ln tanh'⟩), bars from the lowest to the highest network. What is left shrinks with N;
 - below: LSTM and GRU, driven by noise and by hourly temperatures. Dots are what the gates alone would give, ⟨ln f⟩ or
-  ⟨ln z⟩ with W_hh = 0. An LSTM has 2H exponents: the gates set the plateau of the first H, its memory; the other H, of
-  which h is made, are forgotten within a step. A tool that takes h alone for the state sees no plateau.
+  ⟨ln z⟩ with W_hh = 0, and at the left end ln ρ(J) of the network at rest, which weak inputs change little. An LSTM has
+  2H exponents: the gates set the plateau of the first H, its memory; the other H, those of h, fall off a cliff. With a
+  larger forget bias the plateau rises towards 0 and flattens: all units forget at one pace.
 
 W_hh is gaussian of gain g (tanh), orthogonal for each gate with a Glorot W_ih (LSTM, GRU). The networks are untrained.
 """
@@ -27,7 +28,7 @@ from rnnlab.datasets import sample
 from rnnlab.lyapunov import lyapunov_spectrum
 from rnnlab.plots import banded_lines, caption, dots, panels, ranges
 from rnnlab.study import Study
-from rnnlab.theory import gate_exponents, tanh_mean_exponent, tanh_rate
+from rnnlab.theory import gate_exponents, resting_rate, tanh_mean_exponent, tanh_rate
 
 GAINS = (1.5, 2.0, 3.0, 5.0)
 FORGET_BIASES = (0.0, 1.0, 2.0, 5.0)
@@ -36,11 +37,11 @@ GATED = {"lstm": "LSTM, spectrum of (h, c)", "gru": "GRU"}
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
-    sizes = ((64, 100), (128, 100)) if quick else ((512, 300), (1024, 100))
+    sizes = ((64, 100, None), (128, 100, None)) if quick else ((128, 300, None), (512, 300, None), (1024, 1000, 1))
     random = [("rnn_tanh", g, None, None, *size) for g in GAINS for size in sizes]
-    size = (16, 200) if quick else (64, 2000)
+    size = (16, 200, None) if quick else (64, 2000, None)
     gated = [(cell, 1.0, bias, name, *size) for cell in GATED for bias in FORGET_BIASES for name in INPUTS]
-    names = ("cell", "gain", "forget_bias", "input", "hidden_size", "steps")
+    names = ("cell", "gain", "forget_bias", "input", "hidden_size", "steps", "exponents")
     shared = {"transient": 100, "networks": 2 if quick else 4}
     return [dict(zip(names, point, strict=True)) | shared for point in random + gated]
 
@@ -49,18 +50,23 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     seeds = range(1000 * point["seed"], 1000 * point["seed"] + point["networks"])
     if point["input"] is not None:
         measured, theory = (np.stack(part) for part in zip(*(gated(point, seed) for seed in seeds), strict=True))
-        return spread("spectrum", measured, np.median(theory, axis=0))
+        largest = np.array([resting_rate(point["cell"], point["gain"], point["forget_bias"])])
+        rows = spread("spectrum", measured, np.median(theory, axis=0))
+        return rows + spread("largest less theory", measured[:, :1] - largest, largest)
     spectra = np.stack([random(point, seed) for seed in seeds])
     largest, mean = np.array([tanh_rate(point["gain"])]), np.array([tanh_mean_exponent(point["gain"])])
-    rows = spread("spectrum", spectra, np.full(spectra.shape[1], np.nan))
-    rows += spread("largest less theory", spectra[:, :1] - largest, largest)
-    return rows + spread("mean less theory", spectra.mean(axis=1, keepdims=True) - mean, mean)
+    rows = spread("largest less theory", spectra[:, :1] - largest, largest)
+    if point["exponents"] is None:
+        rows += spread("mean less theory", spectra.mean(axis=1, keepdims=True) - mean, mean)
+        rows += spread("spectrum", spectra, np.full(spectra.shape[1], np.nan))
+    return rows
 
 
 def random(point: dict[str, Any], seed: int) -> NDArray[np.float64]:
     net = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"])
     net.initialise("gaussian", "zeros", gain=point["gain"], seed=seed)
-    return lyapunov_spectrum(net, steps=point["steps"], transient=point["transient"], seed=seed).exponents
+    options = {name: point[name] for name in ("steps", "transient", "exponents")}
+    return lyapunov_spectrum(net, **options, seed=seed).exponents
 
 
 def gated(point: dict[str, Any], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -76,7 +82,7 @@ def spread(kind: str, values: NDArray[np.float64], theory: NDArray[np.float64]) 
     """Return a row an exponent: mean, lowest and highest over networks, all in nats per step."""
     columns = {"nats_per_step": values.mean(axis=0), "lowest": values.min(axis=0), "highest": values.max(axis=0)}
     frame = pd.DataFrame({"kind": kind, **columns, "theory_nats_per_step": theory})
-    frame["index_share"] = (frame.index + 0.5) / len(frame)
+    frame["index_share"] = frame.index / len(frame)
     records: Any = frame.to_dict("records")
     return list(records)
 
@@ -85,24 +91,29 @@ def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = panels(2, 2, (13, 10))
     axis: dict[str, Any] = {"x": "index_share", "y": "nats_per_step"}
     band: dict[str, Any] = {"low": "lowest", "high": "highest"}
-    spectra = frame[frame["kind"] == "spectrum"]
+    spectra, largest = frame[frame["kind"] == "spectrum"], frame[frame["kind"] == "largest less theory"]
     tanh = spectra[spectra["cell"] == "rnn_tanh"]
     tanh = tanh[tanh["hidden_size"] == tanh["hidden_size"].max()]
     lines: dict[str, Any] = {"style": "cell", "dashes": {"rnn_tanh": "-"}, "title": "gain g"}
-    banded_lines(axes[0], tanh, hue="gain", hue_order=GAINS, **lines, **axis, **band)
-    axes[0].set(title=f"random tanh networks without input, N = {tanh['hidden_size'].iloc[0]}", ylim=(-8, 1))
-    excess = frame[frame["kind"].str.endswith("theory")]
+    hue: dict[str, Any] = {"hue": "gain", "hue_order": GAINS}
+    theory = {"x": "index_share", "y": "theory_nats_per_step"}
+    banded_lines(axes[0], tanh, **lines, **hue, **axis, **band)
+    dots(axes[0], largest[largest["cell"] == "rnn_tanh"], **theory, **hue)
+    title = f"random tanh networks without input, N = {tanh['hidden_size'].iloc[0]}\n(dots: mean field of the largest)"
+    axes[0].set(title=title, ylim=(-8, 1))
+    excess = frame[(frame["cell"] == "rnn_tanh") & (frame["kind"] != "spectrum")]
     ranges(axes[1], excess, x="gain", y="nats_per_step", hue="kind", style="hidden_size", **band)
-    axes[1].set(title="random tanh networks: measured less mean field", xlabel="gain g", ylabel="nats per step")
+    axes[1].set(title="random tanh networks", xlabel="gain g", ylabel="measured less mean field [nats per step]")
     for ax, (cell, title) in zip(axes[2:], GATED.items(), strict=True):
-        part = spectra[spectra["cell"] == cell]
         lines = {"style": "input", "dashes": INPUTS, "title": "forget bias, input"}
-        banded_lines(ax, part, hue="forget_bias", hue_order=FORGET_BIASES, **lines, **axis, **band)
-        marks = part[(part["input"] == "white_noise") & np.isfinite(part["theory_nats_per_step"])]
-        dots(ax, marks[::8], x="index_share", y="theory_nats_per_step", hue="forget_bias", hue_order=FORGET_BIASES)
-        ax.set(title=f"{title} (dots: noise, gates alone)", ylim=(-6, 0.3))
+        hue = {"hue": "forget_bias", "hue_order": FORGET_BIASES}
+        banded_lines(ax, spectra[spectra["cell"] == cell], **lines, **hue, **axis, **band)
+        gates = spectra[(spectra["cell"] == cell) & np.isfinite(spectra["theory_nats_per_step"])]
+        dots(ax, gates[gates["input"] == "white_noise"][4::8], **theory, **hue)
+        dots(ax, largest[largest["cell"] == cell], **theory, **hue)
+        ax.set(title=f"{title}\n(dots: at rest, at the left end; gates alone, white noise)", ylim=(-6, 0.3))
     for ax in (axes[0], *axes[2:]):
-        ax.set(xlabel="index of the exponent / size of the state", ylabel="Lyapunov exponent [nats per step]")
+        ax.set(xlabel="rank of the exponent / size of the state", ylabel="Lyapunov exponent [nats per step]")
     setting = (
         "mean and range over {networks} untrained networks; W_hh gaussian (tanh) or orthogonal (gated, H = "
         "{hidden_size}, {steps} steps); {transient} steps of transient; {dtype}, seed {seed}"

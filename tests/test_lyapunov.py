@@ -274,7 +274,7 @@ def test_study_covers_gains_cells_biases_and_inputs(frame):
 
 def test_study_measures_each_network_on_its_own():
     point = {"cell": "rnn_tanh", "gain": 2.0, "forget_bias": None, "input": None, "hidden_size": 8, "steps": 30}
-    point |= {"transient": 10, "networks": 2, "seed": 3, "dtype": "float64"}
+    point |= {"exponents": None, "transient": 10, "networks": 2, "seed": 3, "dtype": "float64"}
     rows = {row["kind"]: row for row in reversed(lyapunov.run(point))}  # the first spectrum row is the largest exponent
     largest = [lyapunov.random(point, seed)[0] for seed in (3000, 3001)]
     assert rows["spectrum"]["nats_per_step"] == pytest.approx(np.mean(largest), rel=1e-12)
