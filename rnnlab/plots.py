@@ -94,14 +94,13 @@ def curves(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, style: st
 
 
 def ranges(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, low: str, high: str, hue: str, style: str) -> None:
-    """Draw dots with bars from `low` to `high`, coloured by `hue`, shaped by `style`; and the line at 0."""
+    """Draw dots with bars from `low` to `high`, coloured by `hue` and shaped by `style`, and the line at 0."""
     for colour, (shade, part) in zip(PALETTE, frame.groupby(hue, sort=False), strict=False):
         for marker, (name, dots) in zip("osD^", part.groupby(style, sort=False), strict=False):
-            ends = [dots[y] - dots[low], dots[high] - dots[y]]
-            label = _words(f"{shade}, {style} {name}")
-            ax.errorbar(dots[x], dots[y], ends, fmt=marker, color=colour, markersize=4, capsize=2, label=label)
+            ends, label = [dots[y] - dots[low], dots[high] - dots[y]], _words(f"{shade}, {style} {name}")
+            ax.errorbar(dots[x], dots[y], ends, fmt=marker, color=colour, markersize=4, capsize=3, label=label)
     ax.axhline(0, color="k", linewidth=1)
-    ax.legend(fontsize=8)
+    ax.legend(title=_words(hue), fontsize=8, title_fontsize=8)
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float) -> None:

@@ -9,9 +9,10 @@ gradients grow and shrink at the same rates on their way back. What to look for:
 - upper right: the largest exponent and the mean of all, less what mean field theory predicts for N → ∞ (½ ln χ; and
   ln g − ½ + ⟨ln tanh'⟩), bars from the lowest to the highest network. What is left shrinks with N;
 - below: LSTM and GRU, driven by noise and by hourly temperatures. Dots are what the gates alone would give, ⟨ln f⟩ or
-  ⟨ln z⟩ with W_hh = 0, and at the left end ln ρ(J) of the network at rest, which weak inputs change little. An LSTM has
-  2H exponents: the gates set the plateau of the first H, its memory; the other H, those of h, fall off a cliff. With a
-  larger forget bias the plateau rises towards 0 and flattens: all units forget at one pace.
+  ⟨ln z⟩ with W_hh = 0, and at the left end ln ρ(J) of the network at rest: weak inputs change it little, but where it
+  is above 0 the network does not rest, and its own activity saturates the gates. An LSTM has 2H exponents: the gates
+  set the plateau of the first H, its memory; the other H, those of h, fall off a cliff. With a larger forget bias the
+  plateau rises towards 0 and flattens: all units forget at one pace.
 
 W_hh is gaussian of gain g (tanh), orthogonal for each gate with a Glorot W_ih (LSTM, GRU). The networks are untrained.
 """

@@ -63,7 +63,7 @@ def measure(point: dict[str, Any], seed: int) -> Any:
 
 def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = panels(1, 2, (13, 5.5))
-    band = {"y": "rate", "low": "lowest", "high": "highest", "hue": "input_variance", "style": "hidden_size"}
+    band = {"y": "rate", "low": "lowest", "high": "highest", "hue": "hidden_size", "style": "input_variance"}
     for ax, (kind, part) in zip(axes, frame.groupby("kind", sort=False), strict=True):
         ranges(ax, part, x="theory_nats_per_step", **band)
         ax.set(xlabel="mean field ½ ln χ [nats per step]", ylabel=f"{kind} [nats per step of lag]")
