@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -10,6 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 __all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "ranges", "roofline"]
+__all__ = [
+    "banded_lines",
+    "bars",
+    "caption",
+    "curves",
+    "decades",
+    "dots",
+    "half_lives",
+    "panels",
+    "plane",
+    "relief",
+    "roofline",
+    "shares",
+]
 
 #: Colour-blind safe, in a fixed order.
 PALETTE = sns.color_palette("colorblind")
@@ -101,6 +116,43 @@ def ranges(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, low: str, high: str
             ax.errorbar(dots[x], dots[y], ends, fmt=marker, color=colour, markersize=4, capsize=3, label=label)
     ax.axhline(0, color="k", linewidth=1)
     ax.legend(title=_words(hue), fontsize=8, title_fontsize=8)
+
+
+def shares(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, order: Sequence[Any]) -> None:
+    """Draw shares and their intervals `low_y` to `high_y` at equally spaced x, side by side, coloured by `hue`.
+
+    Values of x are named as they are, one that is missing "none", in the order in which they first appear.
+    """
+    names = frame[x].map(lambda value: "none" if pd.isna(value) else f"{value:g}")
+    ticks = list(names.unique())
+    for i, (colour, shade) in enumerate(zip(PALETTE, order, strict=False)):
+        part = frame[frame[hue] == shade]
+        at = [ticks.index(name) + 0.08 * (i - (len(order) - 1) / 2) for name in names[part.index]]
+        ends = [part[y] - part[f"low_{y}"], part[f"high_{y}"] - part[y]]
+        ax.errorbar(at, part[y], ends, fmt="o-", color=colour, markersize=4, capsize=2, label=_words(f"{shade}"))
+    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set(ylim=(-0.05, 1.05), xlabel=_words(x))
+    ax.legend(title=_words(hue), fontsize=8, title_fontsize=8)
+
+
+def plane(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, colour: str, label: str) -> None:
+    """Draw a quantity over a rectangular grid as colour."""
+    table = frame.pivot(index=y, columns=x, values=colour)
+    image = ax.pcolormesh(table.columns, table.index, table, cmap="viridis", shading="nearest", rasterized=True)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.set(xlabel=x, ylabel=y)
+
+
+def relief(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, height: str) -> Any:
+    """Put a three-dimensional surface over a rectangular grid in the place of `ax`; return its axes."""
+    figure, place = ax.figure, ax.get_subplotspec()
+    ax.remove()
+    solid: Any = figure.add_subplot(place, projection="3d", computed_zorder=False)
+    table = frame.pivot(index=y, columns=x, values=height)
+    across, along = np.meshgrid(table.columns, table.index)
+    solid.plot_surface(across, along, table.to_numpy(), cmap="viridis", rcount=80, ccount=80, alpha=0.9)
+    solid.set(xlabel=x, ylabel=y, zlabel=height)
+    return solid
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float) -> None:

@@ -1,0 +1,52 @@
+"""What several runs say together: shares and averages with their intervals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest
+
+from .checks import check_number, check_positive
+
+__all__ = ["bootstrap", "wilson"]
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the share of successes and the ends of its interval: Wilson (1927), as advised by Brown et al. (2001).
+
+    Raises ValueError for no trials, more successes than trials and a confidence outside (0, 1).
+    """
+    check_positive("trials", trials)
+    if isinstance(successes, bool) or not isinstance(successes, int | np.integer) or not 0 <= successes <= trials:
+        raise ValueError(f"successes must be an integer in 0…{trials}, got {successes!r}")
+    interval = binomtest(int(successes), int(trials)).proportion_ci(_confidence(confidence), method="wilson")
+    return successes / trials, float(interval.low), float(interval.high)
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Callable[..., Any] = np.mean,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return the statistic of independent values and the ends of its percentile interval (Efron 1979).
+
+    `statistic` reduces an array along `axis`, as np.mean and np.median do. The interval of a single value is NaN.
+    Raises ValueError for values that are not one-dimensional, empty or not finite, and for options out of range.
+    """
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1 or not sample.size or not np.isfinite(sample).all():
+        raise ValueError(f"values must be a list of at least one finite number, got {values!r}")
+    rng, tail = np.random.default_rng(seed), (1 - _confidence(confidence)) / 2
+    picks = rng.integers(sample.size, size=(check_positive("resamples", resamples), sample.size))
+    low, high = np.quantile(statistic(sample[picks], axis=1), [tail, 1 - tail]) if sample.size > 1 else (np.nan, np.nan)
+    return float(statistic(sample, axis=0)), float(low), float(high)
+
+
+def _confidence(value: float) -> float:
+    if check_number("confidence", value, 0, 1) == 0:
+        raise ValueError(f"confidence must lie in (0, 1), got {value!r}")
+    return value

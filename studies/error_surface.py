@@ -1,0 +1,171 @@
+"""Why does a recurrent network's error have walls, and what does clipping do at one?
+
+Pascanu, Mikolov & Bengio (2013), Fig. 6: one sigmoid unit without input, x_t = w σ(x_{t−1}) + b from x_0 = 0.5 over 50
+steps, and the error (σ(x_50) − 0.7)². With h_t = σ(x_t) that is the cell `rnn_sigmoid` from h_0 = σ(0.5). A network of
+n units with a diagonal W_hh is n such networks, and its BPTT the gradient of each. What to look for:
+
+- for w > 1/σ'(0.5) ≈ 4.26 the unit has two stable states, and the wall (dotted) is where h_0 lies on their border,
+  b = 0.5 − w σ(0.5): on it x_t stays 0.5, every step multiplies dh by w σ'(0.5), and the gradient grows exponentially
+  with the 50 steps, while two points away from it, it is small;
+- so the largest gradient on any grid says little: the wall is thinner than the grid. It is measured on the wall itself
+  and must lie on the closed form. In float32 it leaves that where the rounding of b, which grows like the gradient,
+  takes h off the border: use --dtype float64;
+- the plain path slides to the wall and is thrown out of the picture by one step of a length that depends on the luck of
+  where it landed; the clipped path, from the same start, bounces along the wall down to the valley;
+- "solved" counts many starts: at each learning rate there is a range of thresholds over two decades or so that helps;
+  above it clipping never acts, below it the steps are too short for the number of them.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from rnnlab import Recurrent
+from rnnlab.plots import PALETTE, caption, panels, plane, relief, shares
+from rnnlab.statistics import wilson
+from rnnlab.study import Study
+
+Floats = NDArray[Any]
+
+STEPS, START, TARGET = 50, float(expit(0.5)), 0.7
+SLOPE = START * (1 - START)
+#: Where paths begin, (w, b), and the ranges that are drawn and from which starts are drawn.
+PATHS = ((6.0, -2.5), (5.5, -2.5), (6.0, -3.0))
+WEIGHTS, BIASES = (3.0, 7.0), (-4.0, 0.0)
+THRESHOLDS = (None, 100.0, 10.0, 1.0, 0.1, 0.01)
+
+
+def surface(weight: Floats, bias: Floats, dtype: str) -> tuple[Floats, Floats, Floats]:
+    """Return the error at points (w, b), arrays (n,), and its derivatives by w and b: one network of n lone units."""
+    n = len(weight)
+    net = Recurrent("rnn_sigmoid", 1, n, dtype=dtype)
+    net.initialise("zeros", "zeros", "zeros")
+    net.params["weight_hh_l0"] = np.diag(weight).astype(net.dtype)
+    net.params["bias_hh_l0"] = np.asarray(bias, net.dtype)
+    trace = net.forward(np.zeros((STEPS, 1, 1), net.dtype), np.full((1, 1, n), START, net.dtype))
+    miss = trace.output[-1, 0] - net.dtype.type(TARGET)
+    gradients = net.backward(trace, np.zeros_like(trace.output), (2 * miss)[None, None])
+    return miss**2, np.diag(gradients.params["weight_hh_l0"]), gradients.params["bias_hh_l0"]
+
+
+def wall(weight: Floats) -> tuple[Floats, Floats]:
+    """Return the bias at which x_t = 0.5 for ever, and the gradient's norm there: dh_t = σ'(0.5) (h + w dh)."""
+    growth = weight * SLOPE
+    sums = SLOPE * (growth**STEPS - 1) / (growth - 1)
+    return 0.5 - weight * START, 2 * abs(START - TARGET) * sums * np.hypot(START, 1)
+
+
+def descend(
+    weight: Floats, bias: Floats, learning_rate: float, threshold: float | None, steps: int, dtype: str
+) -> pd.DataFrame:
+    """Take steps of gradient descent from each start; one row a step and start, before the step is taken."""
+    parts = []
+    for step in range(steps + 1):
+        error, d_weight, d_bias = surface(weight, bias, dtype)
+        norm = np.hypot(d_weight, d_bias)
+        moved = np.minimum(norm, np.inf if threshold is None else threshold)
+        columns = {"weight": weight, "bias": bias, "loss": error, "norm": norm, "step_length": learning_rate * moved}
+        parts.append(pd.DataFrame({"step": step, "path": np.arange(len(weight))} | columns))
+        rate = learning_rate * moved / np.maximum(norm, np.finfo(norm.dtype).tiny)
+        weight, bias = weight - rate * d_weight, bias - rate * d_bias
+    return pd.concat(parts, ignore_index=True)
+
+
+def grid(quick: bool) -> list[dict[str, Any]]:
+    size, steps = (61, 200) if quick else (161, 400)
+    rates = (0.5,) if quick else (0.1, 0.5, 2.0)
+    points = [
+        {"part": "surface", "size": size},
+        {"part": "wall", "size": 12},
+        *({"part": "path", "steps": 200, "learning_rate": 0.5, "threshold": threshold} for threshold in (None, 1.0)),
+    ]
+    starts = {"part": "starts", "size": 64 if quick else 256, "steps": steps}
+    return points + [starts | {"learning_rate": lr, "threshold": top} for lr in rates for top in THRESHOLDS]
+
+
+def run(point: dict[str, Any]) -> list[dict[str, Any]]:
+    part, dtype = point["part"], point["dtype"]
+    if part == "surface":
+        frame = _grid_of(point["size"], dtype)
+    elif part == "wall":
+        weight = np.linspace(4.5, WEIGHTS[1], point["size"])
+        bias, theory = wall(weight)
+        _, d_weight, d_bias = surface(weight, bias, dtype)
+        frame = pd.DataFrame({"weight": weight, "bias": bias, "norm": np.hypot(d_weight, d_bias), "theory": theory})
+    else:
+        how = point["learning_rate"], point["threshold"], point["steps"], dtype
+        if part == "path":
+            frame = descend(*np.array(PATHS).T, *how)
+        else:
+            rng = np.random.default_rng(point["seed"])
+            paths = descend(*(rng.uniform(*ends, point["size"]) for ends in ((4.3, WEIGHTS[1]), (BIASES[0], -1))), *how)
+            solved = paths["loss"][paths["step"] == point["steps"]] < 0.04**2
+            rate, low, high = wilson(int(solved.sum()), len(solved))
+            return [{"success": rate, "low_success": low, "high_success": high}]
+    records: Any = frame.to_dict("records")
+    return list(records)
+
+
+def _grid_of(size: int, dtype: str) -> pd.DataFrame:
+    """Return the surface over the drawn rectangle, one network a row of it."""
+    weight, parts = np.linspace(*WEIGHTS, size), []
+    for bias in np.linspace(*BIASES, size):
+        error, d_weight, d_bias = surface(weight, np.full(size, bias), dtype)
+        norm = np.hypot(d_weight, d_bias)
+        columns = {"loss": error, "loss_decades": np.log10(error), "norm_decades": np.log10(norm)}
+        down = {"down_weight": -d_weight / norm, "down_bias": -d_bias / norm}
+        parts.append(pd.DataFrame({"weight": weight, "bias": bias} | columns | down))
+    return pd.concat(parts, ignore_index=True)
+
+
+def plot(frame: pd.DataFrame) -> Figure:
+    figure, axes = panels(2, 3, (18, 10))
+    parts = {part: rows.dropna(axis="columns", how="all") for part, rows in frame.groupby("part", sort=False)}
+    ground, edge, starts = parts["surface"], parts["wall"], parts["starts"]
+    where = {"x": "weight", "y": "bias"}
+    plane(axes[0], ground, **where, colour="loss_decades", label="log10 of the error")
+    plane(axes[2], ground, **where, colour="norm_decades", label="log10 of the gradient's norm")
+    solid = relief(axes[1], ground, **where, height="loss")
+    some = [sorted(ground[name].unique())[5::10] for name in ("weight", "bias")]
+    arrows = ground[ground["weight"].isin(some[0]) & ground["bias"].isin(some[1])]
+    axes[0].quiver(*(arrows[name] for name in ("weight", "bias", "down_weight", "down_bias")), color="w", width=0.002)
+    for (clipped, number), line in parts["path"].groupby([parts["path"]["threshold"].notna(), "path"]):
+        look: Any = {"color": PALETTE[2 if clipped else 3], "linewidth": 1, "marker": ".", "markersize": 3}
+        name = None if number else "clipped at 1" if clipped else "not clipped"
+        inside = line[line["weight"].between(*WEIGHTS) & line["bias"].between(*BIASES)]
+        axes[0].plot(line["weight"], line["bias"], label=name, **look)
+        if number == 0:
+            solid.plot(inside["weight"], inside["bias"], inside["loss"], zorder=5, **look)
+            axes[4].plot(line["step"], line["step_length"], label=name, **look)
+    for ax in (axes[0], axes[2]):
+        ax.plot(edge["weight"], edge["bias"], "w:", linewidth=1.5)
+        ax.set(xlim=WEIGHTS, ylim=BIASES)
+    axes[3].plot(edge["weight"], edge["theory"], "k-", linewidth=1, label="closed form")
+    axes[3].plot(edge["weight"], edge["norm"], "o", color=PALETTE[0], label="measured")
+    axes[3].set(xlabel="weight, on the wall", ylabel="gradient's norm", yscale="log")
+    axes[4].set(xlabel="step of descent", ylabel="length of the step", yscale="log")
+    shares(axes[5], starts, x="threshold", y="success", hue="learning_rate", order=sorted(set(starts["learning_rate"])))
+    axes[5].set_ylabel("share of starts that come within 0.04 of the target")
+    titles = "error, downhill direction and paths", "error", "gradient's norm", "on the wall", "what clipping does"
+    for ax, title in zip((axes[0], solid, *axes[2:]), (*titles, "solved"), strict=True):
+        ax.set_title(title)
+    for ax in (axes[0], axes[3], axes[4]):
+        ax.legend(fontsize=8)
+    setting = (
+        "one sigmoid unit, T = {T}, x₀ = 0.5, target {target}; paths: learning rate 0.5, 200 steps; solved: {starts} "
+        "random starts, {budget} steps, 95 % Wilson intervals; {dtype}, seed {seed}"
+    ).format(
+        T=STEPS, target=TARGET, starts=int(starts["size"].iloc[0]), budget=int(starts["steps"].iloc[0]), **frame.iloc[0]
+    )
+    caption(figure, "The walls of a recurrent network's error, and clipping", setting)
+    return figure
+
+
+study = Study("error_surface", question=__doc__, grid=grid, run=run, plot=plot)
+
+if __name__ == "__main__":
+    study.main()

@@ -1,0 +1,59 @@
+"""Intervals: against their formulas and against how often they hold the truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rnnlab.statistics import bootstrap, wilson
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 5), (3, 5), (5, 5), (7, 40)])
+def test_wilson_is_its_formula(successes, trials):
+    z, p = 1.959963984540054, successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    # a few roundings of numbers around 1; an end that is 0 or 1 comes out of a difference
+    assert wilson(successes, trials) == pytest.approx((p, centre - half, centre + half), abs=1e-14)
+
+
+def test_wilson_of_five_in_five_is_wide():
+    assert wilson(5, 5)[1] == pytest.approx(0.5655, abs=5e-5)  # the formula, rounded to four digits
+
+
+def test_bootstrap_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    mean, low, high = bootstrap(values)
+    assert mean == pytest.approx(values.mean(), rel=1e-14)  # one sum in another order
+    # percentile ends of 1,000 resamples scatter by some 5 % of the half width
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+
+
+def test_bootstrap_holds_the_median_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    held = sum(low <= 0 <= high for _, low, high in (bootstrap(rng.normal(size=25), np.median) for _ in range(200)))
+    assert 180 <= held <= 200  # 95 % of 200 is 190, ± three standard deviations of 3.1
+
+
+def test_bootstrap_of_one_value_has_no_interval():
+    value, low, high = bootstrap([2.5])
+    assert value == 2.5
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: wilson(1, 0), "trials"),
+        (lambda: wilson(6, 5), "successes"),
+        (lambda: wilson(1, 5, 1.0), "confidence"),
+        (lambda: bootstrap([]), "values"),
+        (lambda: bootstrap([1.0, math.nan]), "values"),
+        (lambda: bootstrap([1.0, 2.0], confidence=0), "confidence"),
+        (lambda: bootstrap([1.0, 2.0], resamples=0), "resamples"),
+    ],
+)
+def test_bad_arguments_are_named(call, name):
+    with pytest.raises(ValueError, match=name):
+        call()
