@@ -150,8 +150,9 @@ def relief(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, height: str) -> Any
     solid: Any = figure.add_subplot(place, projection="3d", computed_zorder=False)
     table = frame.pivot(index=y, columns=x, values=height)
     across, along = np.meshgrid(table.columns, table.index)
-    solid.plot_surface(across, along, table.to_numpy(), cmap="viridis", rcount=80, ccount=80, alpha=0.9)
+    solid.plot_surface(across, along, table.to_numpy(), cmap="viridis", rcount=160, ccount=160)
     solid.set(xlabel=x, ylabel=y, zlabel=height)
+    solid.view_init(elev=35, azim=40)
     return solid
 
 

@@ -34,7 +34,7 @@ Floats = NDArray[Any]
 STEPS, START, TARGET = 50, float(expit(0.5)), 0.7
 SLOPE = START * (1 - START)
 #: Where paths begin, (w, b), and the ranges that are drawn and from which starts are drawn.
-PATHS = ((6.0, -2.5), (5.5, -2.5), (6.0, -3.0))
+PATHS = ((6.0, -2.5), (5.5, -2.0))
 WEIGHTS, BIASES = (3.0, 7.0), (-4.0, 0.0)
 THRESHOLDS = (None, 100.0, 10.0, 1.0, 0.1, 0.01)
 
@@ -133,9 +133,9 @@ def plot(frame: pd.DataFrame) -> Figure:
     some = [sorted(ground[name].unique())[5::10] for name in ("weight", "bias")]
     arrows = ground[ground["weight"].isin(some[0]) & ground["bias"].isin(some[1])]
     axes[0].quiver(*(arrows[name] for name in ("weight", "bias", "down_weight", "down_bias")), color="w", width=0.002)
-    for (clipped, number), line in parts["path"].groupby([parts["path"]["threshold"].notna(), "path"]):
-        look: Any = {"color": PALETTE[2 if clipped else 3], "linewidth": 1, "marker": ".", "markersize": 3}
-        name = None if number else "clipped at 1" if clipped else "not clipped"
+    for (free, number), line in parts["path"].groupby([parts["path"]["threshold"].isna(), "path"]):
+        look: Any = {"color": PALETTE[3] if free else "k", "linewidth": 0.8, "marker": ".", "markersize": 3}
+        name = None if number else "not clipped" if free else "clipped at 1"
         inside = line[line["weight"].between(*WEIGHTS) & line["bias"].between(*BIASES)]
         axes[0].plot(line["weight"], line["bias"], label=name, **look)
         if number == 0:
