@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from rnnlab import Recurrent
+from rnnlab.clipping import ByNorm
+from rnnlab.params import Params
 from rnnlab.plots import PALETTE, caption, panels, plane, relief, shares
 from rnnlab.statistics import wilson
 from rnnlab.study import Study
@@ -63,34 +65,43 @@ def descend(
     weight: Floats, bias: Floats, learning_rate: float, threshold: float | None, steps: int, dtype: str
 ) -> pd.DataFrame:
     """Take steps of gradient descent from each start; one row a step and start, before the step is taken."""
-    parts = []
+    n, parts = len(weight), []
+    gradient = Params({f"start {k}": (2,) for k in range(n)}, np.dtype(dtype))
     for step in range(steps + 1):
-        error, d_weight, d_bias = surface(weight, bias, dtype)
+        loss, d_weight, d_bias = surface(weight, bias, dtype)
+        gradient.flat[0::2], gradient.flat[1::2] = d_weight, d_bias
+        clipped = gradient if threshold is None else ByNorm(threshold)(gradient).gradient
+        moves = -learning_rate * clipped.flat.reshape(n, 2).T
+        columns = {"weight": weight, "bias": bias, "loss": loss, "step_length": np.hypot(*moves)}
+        parts.append(pd.DataFrame({"step": step, "path": np.arange(n)} | columns))
+        weight, bias = weight + moves[0], bias + moves[1]
+    return pd.concat(parts, ignore_index=True)
+
+
+def ground(size: int, dtype: str) -> pd.DataFrame:
+    """Return the surface over the rectangle that is drawn, and the direction downhill, one network a row of it."""
+    weight, parts = np.linspace(*WEIGHTS, size), []
+    for bias in np.linspace(*BIASES, size):
+        loss, d_weight, d_bias = surface(weight, np.full(size, bias), dtype)
         norm = np.hypot(d_weight, d_bias)
-        moved = np.minimum(norm, np.inf if threshold is None else threshold)
-        columns = {"weight": weight, "bias": bias, "loss": error, "norm": norm, "step_length": learning_rate * moved}
-        parts.append(pd.DataFrame({"step": step, "path": np.arange(len(weight))} | columns))
-        rate = learning_rate * moved / np.maximum(norm, np.finfo(norm.dtype).tiny)
-        weight, bias = weight - rate * d_weight, bias - rate * d_bias
+        columns = {"loss": loss, "loss_decades": np.log10(loss), "norm_decades": np.log10(norm)}
+        downhill = {"down_weight": -d_weight / norm, "down_bias": -d_bias / norm}
+        parts.append(pd.DataFrame({"weight": weight, "bias": bias} | columns | downhill))
     return pd.concat(parts, ignore_index=True)
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
-    size, steps = (61, 200) if quick else (161, 400)
+    points: list[dict[str, Any]] = [{"part": "surface", "size": 61 if quick else 161}, {"part": "wall", "size": 12}]
+    points += [{"part": "path", "steps": 200, "learning_rate": 0.5, "threshold": top} for top in (None, 1.0)]
+    starts: dict[str, Any] = {"part": "starts", "size": 64 if quick else 256, "steps": 200 if quick else 400}
     rates = (0.5,) if quick else (0.1, 0.5, 2.0)
-    points = [
-        {"part": "surface", "size": size},
-        {"part": "wall", "size": 12},
-        *({"part": "path", "steps": 200, "learning_rate": 0.5, "threshold": threshold} for threshold in (None, 1.0)),
-    ]
-    starts = {"part": "starts", "size": 64 if quick else 256, "steps": steps}
-    return points + [starts | {"learning_rate": lr, "threshold": top} for lr in rates for top in THRESHOLDS]
+    return points + [starts | {"learning_rate": rate, "threshold": top} for rate in rates for top in THRESHOLDS]
 
 
 def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     part, dtype = point["part"], point["dtype"]
     if part == "surface":
-        frame = _grid_of(point["size"], dtype)
+        frame = ground(point["size"], dtype)
     elif part == "wall":
         weight = np.linspace(4.5, WEIGHTS[1], point["size"])
         bias, theory = wall(weight)
@@ -99,39 +110,29 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         how = point["learning_rate"], point["threshold"], point["steps"], dtype
         if part == "path":
-            frame = descend(*np.array(PATHS).T, *how)
+            weight, bias = np.array(PATHS).T
+            frame = descend(weight, bias, *how)
         else:
-            rng = np.random.default_rng(point["seed"])
-            paths = descend(*(rng.uniform(*ends, point["size"]) for ends in ((4.3, WEIGHTS[1]), (BIASES[0], -1))), *how)
+            rng, n = np.random.default_rng(point["seed"]), point["size"]
+            paths = descend(rng.uniform(4.3, WEIGHTS[1], n), rng.uniform(BIASES[0], -1.0, n), *how)
             solved = paths["loss"][paths["step"] == point["steps"]] < 0.04**2
-            rate, low, high = wilson(int(solved.sum()), len(solved))
-            return [{"success": rate, "low_success": low, "high_success": high}]
+            names = ("success", "low_success", "high_success")
+            frame = pd.DataFrame([dict(zip(names, wilson(int(solved.sum()), n), strict=True))])
     records: Any = frame.to_dict("records")
-    return list(records)
-
-
-def _grid_of(size: int, dtype: str) -> pd.DataFrame:
-    """Return the surface over the drawn rectangle, one network a row of it."""
-    weight, parts = np.linspace(*WEIGHTS, size), []
-    for bias in np.linspace(*BIASES, size):
-        error, d_weight, d_bias = surface(weight, np.full(size, bias), dtype)
-        norm = np.hypot(d_weight, d_bias)
-        columns = {"loss": error, "loss_decades": np.log10(error), "norm_decades": np.log10(norm)}
-        down = {"down_weight": -d_weight / norm, "down_bias": -d_bias / norm}
-        parts.append(pd.DataFrame({"weight": weight, "bias": bias} | columns | down))
-    return pd.concat(parts, ignore_index=True)
+    rows: list[dict[str, Any]] = records
+    return rows
 
 
 def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = panels(2, 3, (18, 10))
     parts = {part: rows.dropna(axis="columns", how="all") for part, rows in frame.groupby("part", sort=False)}
-    ground, edge, starts = parts["surface"], parts["wall"], parts["starts"]
+    hills, edge, starts = parts["surface"], parts["wall"], parts["starts"]
     where = {"x": "weight", "y": "bias"}
-    plane(axes[0], ground, **where, colour="loss_decades", label="log10 of the error")
-    plane(axes[2], ground, **where, colour="norm_decades", label="log10 of the gradient's norm")
-    solid = relief(axes[1], ground, **where, height="loss")
-    some = [sorted(ground[name].unique())[5::10] for name in ("weight", "bias")]
-    arrows = ground[ground["weight"].isin(some[0]) & ground["bias"].isin(some[1])]
+    plane(axes[0], hills, **where, colour="loss_decades", label="log10 of the error")
+    plane(axes[2], hills, **where, colour="norm_decades", label="log10 of the gradient's norm")
+    solid = relief(axes[1], hills, **where, height="loss")
+    some = [sorted(hills[name].unique())[5::10] for name in ("weight", "bias")]
+    arrows = hills[hills["weight"].isin(some[0]) & hills["bias"].isin(some[1])]
     axes[0].quiver(*(arrows[name] for name in ("weight", "bias", "down_weight", "down_bias")), color="w", width=0.002)
     for (free, number), line in parts["path"].groupby([parts["path"]["threshold"].isna(), "path"]):
         look: Any = {"color": PALETTE[3] if free else "k", "linewidth": 0.8, "marker": ".", "markersize": 3}
