@@ -19,11 +19,13 @@ __all__ = [
     "decades",
     "dots",
     "half_lives",
+    "intervals",
     "panels",
     "plane",
     "relief",
     "roofline",
     "shares",
+    "tiles",
 ]
 
 #: Colour-blind safe, in a fixed order.
@@ -135,6 +137,28 @@ def shares(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, order: Se
     ax.legend(title=_words(hue), fontsize=8, title_fontsize=8)
 
 
+def tiles(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], column: str, value: str) -> None:
+    """Draw shares as a table of colours, a row for each combination of `rows`, in the order of the frame."""
+    named = frame.assign(row=_joined(frame, rows))
+    table = named.pivot(index="row", columns=column, values=value).reindex(named["row"].unique())
+    sns.heatmap(table, ax=ax, vmin=0, vmax=1, cmap="viridis", annot=True, fmt=".1f", cbar=False, annot_kws={"size": 8})
+    ax.set(xlabel=_words(column), ylabel="")
+    ax.tick_params(axis="y", labelsize=8, rotation=0)
+
+
+def intervals(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], values: Sequence[str]) -> None:
+    """Draw values and their intervals `low_…` to `high_…`, a row for each combination of `rows`, from top to bottom."""
+    names = _joined(frame, rows)
+    for colour, mark, value in zip(PALETTE, "osD", values, strict=False):
+        ends = [frame[value] - frame[f"low_{value}"], frame[f"high_{value}"] - frame[value]]
+        ax.errorbar(
+            frame[value], names, xerr=ends, fmt=mark, color=colour, markersize=4, capsize=2, label=_words(value)
+        )
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", labelsize=8)
+    ax.legend(fontsize=8)
+
+
 def plane(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, colour: str, label: str) -> None:
     """Draw a quantity over a rectangular grid as colour."""
     table = frame.pivot(index=y, columns=x, values=colour)
@@ -180,6 +204,11 @@ def caption(figure: Figure, title: str, text: str) -> None:
     """Set the figure's title and, below it, the setting in which it was measured."""
     figure.suptitle(title, fontsize=14, fontweight="bold")
     figure.supxlabel(text, fontsize=9, color="0.3")
+
+
+def _joined(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    cells = frame[list(columns)].itertuples(index=False)
+    return [" ".join(f"{cell}" for cell in row if not pd.isna(cell)) for row in cells]
 
 
 def _words(name: str) -> str:

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from .checks import check_number, check_positive
 
-__all__ = ["bootstrap", "wilson"]
+__all__ = ["bootstrap", "columns", "wilson"]
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -44,6 +44,11 @@ def bootstrap(
     picks = rng.integers(sample.size, size=(check_positive("resamples", resamples), sample.size))
     low, high = np.quantile(statistic(sample[picks], axis=1), [tail, 1 - tail]) if sample.size > 1 else (np.nan, np.nan)
     return float(statistic(sample, axis=0)), float(low), float(high)
+
+
+def columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """Return a value and its interval as columns of a tidy table, named as the functions of `plots` take them."""
+    return dict(zip((name, f"low_{name}", f"high_{name}"), interval, strict=True))
 
 
 def _confidence(value: float) -> float:

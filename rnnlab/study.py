@@ -28,10 +28,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from unittest import mock
 
 import click
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["DTYPES", "Options", "Study", "flags", "provenance"]
+__all__ = ["DTYPES", "Options", "Study", "flags", "provenance", "side_by_side"]
 
 DTYPES = ("float32", "float64")
 FIGURES = ("figure.svg", "figure.png")
@@ -56,6 +56,7 @@ Rows = list[dict[str, Any]]
 Run = Callable[[Point], Rows]
 #: What became of a point: its rows, or a dict with `error` (type: message) and `traceback`.
 Outcome = Rows | dict[str, str]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,13 @@ class Study:
         words = ["python", inspect.getfile(self.run)] if module == "__main__" else ["python", "-m", module]
         words += ["--quick"] * options.quick + (["--out", str(options.out)] if options.out else [])
         return shlex.join([*words, "--seed", str(options.seed), "--device", options.device, "--dtype", options.dtype])
+
+
+def side_by_side(function: Callable[[Point, int], Result], point: Point) -> list[Result]:
+    """Return function(point, seed) for point["runs"] seeds, in as many threads as kernels may use."""
+    seeds = [1000 * point["seed"] + k for k in range(point["runs"])]
+    with ThreadPoolExecutor(kernels.threads()) as pool:
+        return list(pool.map(lambda seed: function(point, seed), seeds))
 
 
 def provenance() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rnnlab import Recurrent
 from rnnlab.clipping import ByNorm
 from rnnlab.params import Params
 from rnnlab.plots import PALETTE, caption, panels, plane, relief, shares
-from rnnlab.statistics import wilson
+from rnnlab.statistics import columns, wilson
 from rnnlab.study import Study
 
 Floats = NDArray[Any]
@@ -72,8 +72,8 @@ def descend(
         gradient.flat[0::2], gradient.flat[1::2] = d_weight, d_bias
         clipped = gradient if threshold is None else ByNorm(threshold)(gradient).gradient
         moves = -learning_rate * clipped.flat.reshape(n, 2).T
-        columns = {"weight": weight, "bias": bias, "loss": loss, "step_length": np.hypot(*moves)}
-        parts.append(pd.DataFrame({"step": step, "path": np.arange(n)} | columns))
+        row = {"weight": weight, "bias": bias, "loss": loss, "step_length": np.hypot(*moves)}
+        parts.append(pd.DataFrame({"step": step, "path": np.arange(n)} | row))
         weight, bias = weight + moves[0], bias + moves[1]
     return pd.concat(parts, ignore_index=True)
 
@@ -84,9 +84,9 @@ def ground(size: int, dtype: str) -> pd.DataFrame:
     for bias in np.linspace(*BIASES, size):
         loss, d_weight, d_bias = surface(weight, np.full(size, bias), dtype)
         norm = np.hypot(d_weight, d_bias)
-        columns = {"loss": loss, "loss_decades": np.log10(loss), "norm_decades": np.log10(norm)}
+        heights = {"loss": loss, "loss_decades": np.log10(loss), "norm_decades": np.log10(norm)}
         downhill = {"down_weight": -d_weight / norm, "down_bias": -d_bias / norm}
-        parts.append(pd.DataFrame({"weight": weight, "bias": bias} | columns | downhill))
+        parts.append(pd.DataFrame({"weight": weight, "bias": bias} | heights | downhill))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -116,8 +116,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
             rng, n = np.random.default_rng(point["seed"]), point["size"]
             paths = descend(rng.uniform(4.3, WEIGHTS[1], n), rng.uniform(BIASES[0], -1.0, n), *how)
             solved = paths["loss"][paths["step"] == point["steps"]] < 0.04**2
-            names = ("success", "low_success", "high_success")
-            frame = pd.DataFrame([dict(zip(names, wilson(int(solved.sum()), n), strict=True))])
+            frame = pd.DataFrame([columns("success", wilson(int(solved.sum()), n))])
     records: Any = frame.to_dict("records")
     rows: list[dict[str, Any]] = records
     return rows

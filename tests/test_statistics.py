@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rnnlab.statistics import bootstrap, wilson
+from rnnlab.statistics import bootstrap, columns, wilson
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (3, 5), (5, 5), (7, 40)])
@@ -40,6 +40,10 @@ def test_bootstrap_of_one_value_has_no_interval():
     assert value == 2.5
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_columns_are_named_as_plots_take_them():
+    assert columns("success", (0.5, 0.2, 0.8)) == {"success": 0.5, "low_success": 0.2, "high_success": 0.8}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from matplotlib import pyplot
 import rnnlab.study
 import studies
 from rnnlab import kernels
-from rnnlab.study import Options, Study, provenance
+from rnnlab.study import Options, Study, provenance, side_by_side
 from studies.__main__ import main as run_studies
 
 ROOT = Path(__file__).parents[1]
@@ -600,3 +600,8 @@ def test_runner_goes_on_after_a_failure_and_exits_with_the_worst(package, tmp_pa
     assert "OSError: no luck" in result.stderr
     assert str(tmp_path / "all" / "beta" / "figure.svg") in result.stdout.splitlines()
     assert CliRunner().invoke(run_studies, ["beta", "--out", str(tmp_path / "all")]).exit_code == 0
+
+
+def test_side_by_side_keeps_the_order_of_its_seeds():
+    found = side_by_side(lambda point, seed: (point["name"], seed), {"name": "one", "seed": 7, "runs": 5})
+    assert found == [("one", 7000 + k) for k in range(5)]
