@@ -14,8 +14,9 @@ initialisations are theirs: W_hh, W_ih and readout from N(0, s²), s = 0.01 for 
 - Ω, which keeps ‖dL/dh_t‖ from shrinking on its way back, shortens the plateau: at a small budget of updates that
   decides. The paper's budget is 5 million updates, the one here stands below the figure, so that success ends earlier;
 - Ω has the weight 8: near a norm ratio of 1 that is the 2 of the authors' program, which squares the ratio;
-- the adding problem (Hochreiter & Schmidhuber 1997, sec. 5.4) by an LSTM with Adam: solved after their order of 74,000
-  sequences (dashed), though by another optimiser than theirs.
+- the adding problem (Hochreiter & Schmidhuber 1997, sec. 5.4) by an LSTM with Adam, which is not their optimiser: where
+  the forget gates begin open enough it is solved after their order of 74,000 sequences (dashed) or sooner, where their
+  bias is 1 it is not: 0.73 to the power 50 is left of a gradient over the 50 steps.
 """
 
 from typing import Any
@@ -37,16 +38,25 @@ from rnnlab.training import error_rate, train
 INITS = {"sigmoid": ("rnn_sigmoid", 0.01), "tanh": ("rnn_tanh", 0.1), "smart tanh": ("rnn_tanh", 0.01)}
 #: Whether a method clips, and its weight of Ω.
 METHODS = {"SGD": (False, 0.0), "SGD + clipping": (True, 0.0), "SGD + clipping + Ω": (True, 8.0)}
+#: How the LSTM's forget gates begin: chrono spreads their time scales up to 100 steps (Tallec & Ollivier 2018).
+GATES: dict[str, Any] = {"bias 1": {"forget_bias": 1.0}, "bias 4": {"forget_bias": 4.0}, "chrono": {"chrono": 100}}
 HIDDEN, BATCH, RATE, THRESHOLD = 50, 20, 0.01, 1.0
 PUBLISHED_SEQUENCES = 74_000
-LENGTHS = [20, 30, 40, 50, 100, 150, 200]
+#: Sigmoid units find nothing in the time given: they are not tried at the lengths that cost most of it.
+LENGTHS = {"sigmoid": [20, 30, 40, 50]} | dict.fromkeys(("tanh", "smart tanh"), [20, 30, 40, 50, 100, 150, 200])
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
-    lengths, size = ([10, 20], {"updates": 2_000, "runs": 3}) if quick else (LENGTHS, {"updates": 20_000, "runs": 5})
-    orders = [("temporal_order", init, method, length) for init in INITS for method in METHODS for length in lengths]
-    points = [*orders, ("adding_1997", "lstm", "Adam + clipping", 30 if quick else 100)]
-    return [dict(zip(("task", "init", "method", "length"), point, strict=True)) | size for point in points]
+    runs, updates, memory = (3, 1_500, 30) if quick else (5, 40_000, 100)
+    points = [
+        ("temporal_order", init, method, length, updates)
+        for init in INITS
+        for method in METHODS
+        for length in ([10, 20] if quick else LENGTHS[init])
+    ]
+    points += [("adding_1997", init, "Adam + clipping", memory, updates // 8) for init in GATES]
+    names = ("task", "init", "method", "length", "updates")
+    return [dict(zip(names, point, strict=True)) | {"runs": runs} for point in points]
 
 
 def network(init: str, dtype: str, seed: int) -> SequenceModel:
@@ -71,7 +81,8 @@ def learn(point: dict[str, Any], seed: int) -> tuple[dict[str, Any], list[dict[s
         model = network(point["init"], point["dtype"], seed)
         clips, omega = METHODS[point["method"]]
     else:
-        net = Recurrent("lstm", task.input_size, HIDDEN, dtype=point["dtype"], seed=seed)
+        net = Recurrent("lstm", task.input_size, HIDDEN, dtype=point["dtype"])
+        net.initialise(**GATES[point["init"]], seed=seed)
         model = SequenceModel(net, task.output_size, task.topology, task.loss, seed=seed)
         clips, omega = True, 0.0
 
@@ -113,7 +124,8 @@ def plot(frame: pd.DataFrame) -> Figure:
         shares(ax, part, x="length", y="success", hue="method", order=list(METHODS))
         ax.set(title=f"temporal order, {init}", xlabel="length [steps]", ylabel="share of networks that solve it")
     curves = order[(order["kind"] == "curve") & (order["init"] == "tanh")]
-    length = curves["length"].unique()[-2]
+    lengths = curves["length"].unique()
+    length = lengths[len(lengths) // 3]
     for colour, method in zip(PALETTE, METHODS, strict=False):
         line = curves[(curves["method"] == method) & (curves["length"] == length) & (curves["update"] > 0)]
         for ax, column in ((axes[3], "loss"), (axes[4], "norm")):
@@ -128,14 +140,14 @@ def plot(frame: pd.DataFrame) -> Figure:
     ends = adding[adding["kind"] == "run"]
     for mark, label, solved in (("o", "solved", True), ("x", "not solved", False)):
         part = ends[ends["solved"] == solved]
-        axes[5].plot(part["network"], part["sequences"], mark, color=PALETTE[0], label=label)
+        axes[5].plot(part["init"], part["sequences"], mark, color=PALETTE[0], alpha=0.6, label=label)
     axes[5].axhline(PUBLISHED_SEQUENCES, color="k", linestyle="--", linewidth=1, label="published, T = 100")
-    axes[5].set(xlabel="network", ylabel="sequences seen", yscale="log")
+    axes[5].set(xlabel="forget gate", ylabel="sequences seen", yscale="log")
     axes[5].set_title(f"adding problem by an LSTM, T = {adding['length'].iloc[0]}")
     axes[5].legend(fontsize=8)
     setting = (
         "H = {H}, batches of {B}, SGD with learning rate {rate}, clipping at {top}, at most {updates} updates; "
-        "{runs} networks a point, 95 % Wilson intervals; LSTM: Adam with the same numbers; {dtype}, seed {seed}"
+        "{runs} networks a point, 95 % Wilson intervals; LSTM: Adam with the same numbers, an eighth of the updates; {dtype}, seed {seed}"
     ).format(H=HIDDEN, B=BATCH, rate=RATE, top=THRESHOLD, **frame.iloc[0])
     caption(figure, "Long memory by gradient descent, with clipping and with Ω", setting)
     return figure

@@ -41,11 +41,12 @@ def test_rules_for_the_whole_gradient_take_the_same_from_every_lag(frame):
 
 def test_run_says_what_became_of_each_network(frame):
     ends = frame[frame["kind"] == "run"]
-    assert (ends["updates_taken"] == 30).all()
-    assert not ends["solved"].any()
-    shares = frame[frame["kind"] == "share"]
-    assert (shares["success"] == 0).all()
-    assert len(ends) == SMALL["runs"] * len(shares)
+    # ten steps leave one place for each symbol, which Adam finds: others spend the 30 updates
+    assert (ends["solved"] == (ends["updates_taken"] < 30)).all()
+    assert ends[ends["solved"]]["optimiser"].unique().tolist() == ["Adam"]
+    shares = frame[frame["kind"] == "share"].set_index(["optimiser", "rule", "threshold"])["success"]
+    counted = ends.groupby(["optimiser", "rule", "threshold"], dropna=False)["solved"].mean()
+    np.testing.assert_allclose(counted[shares.index].astype(float), shares, rtol=1e-15)
 
 
 def test_a_network_that_diverges_is_recorded():
