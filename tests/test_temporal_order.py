@@ -62,7 +62,7 @@ def test_figure_draws_every_method():
     for point in temporal_order.grid(quick=True):
         small = point | {"updates": 20, "seed": 0, "device": "cpu", "dtype": "float32"}
         # Kernels of other cells take their time to compile: for the figure one cell does.
-        like = point | {"task": "temporal_order", "init": "tanh", "method": "SGD"}
+        like = {"task": "temporal_order", "init": "tanh", "method": "SGD"}
         rows += [small | row for row in temporal_order.run(small if point["init"] == "tanh" else small | like)]
     frame = pd.DataFrame(rows)
     share = frame[frame["kind"] == "share"]
