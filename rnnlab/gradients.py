@@ -12,9 +12,19 @@ from numpy.typing import NDArray
 from .checks import check_choice, check_positive
 from .kernels import LayerGradients
 from .model import SequenceModel
-from .rnn import State
+from .rnn import Recurrent, State, Trace
 
-__all__ = ["Decay", "GradientFlow", "decay", "gradient_flow", "lag_profile", "log_norm"]
+__all__ = [
+    "Decay",
+    "GradientFlow",
+    "align",
+    "check_finite",
+    "decay",
+    "gradient_flow",
+    "lag_profile",
+    "log_norm",
+    "run_to_loss",
+]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -89,10 +99,7 @@ class GradientFlow:
         values = {"h": self.h, "c": self.c}[check_choice("quantity", quantity, ("h", "c") if self.c else ("h",))]
         if not isinstance(k, int) or not 0 <= k < len(values):
             raise ValueError(f"k must be a layer-direction in 0…{len(values) - 1}, got {k!r}")
-        lag = np.arange(len(values[k]))[:, None]
-        slot = self.lengths - lag
-        shifted: Floats = np.where(slot >= 0, np.take_along_axis(values[k], np.maximum(slot, 0), axis=0), np.nan)
-        return shifted.T
+        return align(values[k], self.lengths)
 
     def decay(self, quantity: Literal["h", "c"] = "h", k: int = 0, **options: Any) -> Decay:
         """Return the decay over the lag; the sequences are the samples. Options as in the function `decay`."""
@@ -152,19 +159,11 @@ def gradient_flow(
     `SequenceModel.loss_and_gradients`; ValueError for a topology that reads its own outputs, and for a
     network whose states or adjoint overflow.
     """
-    every = check_choice("loss_at", loss_at, ("last", "every")) == "every"
-    if model.generates:
-        raise ValueError(f"model must have topology one_to_one, many_to_one or many_to_many, got {model.topology}")
     net = model.rnn
-    trace = net.forward(x, state, lengths)
-    features, scored = model.features(trace, every), model.scored(trace.lengths, len(trace.output), every)
-    logits = model.read(features)
-    _, d_logits = model.score(logits, model.check_targets(targets, scored), scored)
-    d_output = model.spread(d_logits @ model.readout["weight"], trace, every)
+    trace, d_output, _ = run_to_loss(model, x, targets, loss_at, lengths, state)
     layers, dx, dx_exponent = net.backpropagate(trace, d_output, scaled=True)
     single, direct_dx, direct_dx_exponent = net.direct(trace, layers)
-    if not all(np.isfinite(numbers).all() for numbers in (trace.output, d_output, *(layer.state for layer in layers))):
-        raise ValueError(f"model must have finite states and gradients, those of {net!r} overflow {net.dtype}")
+    check_finite(net, *(layer.state for layer in layers))
     if any(map(_loses_digits, layers)):
         warnings.warn(f"slopes of saturated units lose digits in {net.dtype}", RuntimeWarning, stacklevel=2)
     T, B, _ = trace.output.shape
@@ -188,6 +187,41 @@ def gradient_flow(
         trace.lengths,
         net.directions,
     )
+
+
+def run_to_loss(
+    model: SequenceModel, x: Array, targets: Array, loss_at: str, lengths: Any, state: State | None
+) -> tuple[Trace, Array, int]:
+    """Run the network; return its trace, the direct derivative of the summed losses by its output, and their number.
+
+    Arguments and errors as `gradient_flow`.
+    """
+    every = check_choice("loss_at", loss_at, ("last", "every")) == "every"
+    if model.generates:
+        raise ValueError(f"model must have topology one_to_one, many_to_one or many_to_many, got {model.topology}")
+    trace = model.rnn.forward(x, state, lengths)
+    scored = model.scored(trace.lengths, len(trace.output), every)
+    logits = model.read(model.features(trace, every))
+    _, d_logits = model.score(logits, model.check_targets(targets, scored), scored)
+    d_output = model.spread(d_logits @ model.readout["weight"], trace, every)
+    check_finite(model.rnn, trace.output, d_output)
+    return trace, d_output, int(scored.sum())
+
+
+def check_finite(net: Recurrent, *arrays: Array) -> None:
+    """Raise ValueError for states or gradients that are not finite."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(f"model must have finite states and gradients, those of {net!r} overflow {net.dtype}")
+
+
+def align(values: Floats, lengths: NDArray[np.int64]) -> Floats:
+    """Return (B, T+1): numbers of slots (T+1, B) by lag, the number of steps back from each sequence's last state.
+
+    NaN where the lag is longer than the sequence.
+    """
+    slot = lengths - np.arange(len(values))[:, None]
+    shifted: Floats = np.where(slot >= 0, np.take_along_axis(values, np.maximum(slot, 0), axis=0), np.nan)
+    return shifted.T
 
 
 def _loses_digits(layer: LayerGradients) -> bool:

@@ -1,0 +1,250 @@
+"""What the loss of one step does to the weights through the state of another: BPTT of every loss step apart.
+
+Shapes as in `cpu.py`. The adjoint of one loss step never meets that of another: a group of them goes back together, as
+so many more rows of a batch that share what `step` saved, and groups are dealt out to threads. At step k the rows b of
+the batch, dL_t/da_b, meet what the weights were multiplied with, v_b = h_{k−1}, x_k or 1:
+
+    C[t, k] = Σ_b dL_t/da_b · v_bᵀ                                        (Pascanu, Mikolov & Bengio 2013, eq. 3–5)
+
+Of C only ‖C‖ and ⟨C, dL/dW⟩ are wanted. ‖C‖² depends on v through its Gram matrix alone, Σ_{b,b'} (da_b·da_b')(v_b·v_b').
+Its triangular factor serves as well, and squares nothing: with v = F Qᵀ, Q (n, r) orthonormal, r = min(B, n), both are
+those of Y = Σ_b dL_t/da_b F_bᵀ (G·H, r), with dL/dW Q in place of dL/dW. No matrix of weights is formed for any t and k.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ..cells import Cell
+from . import Array, LayerTrace, LayerWeights, threads
+from .calls import borrow
+from .compiling import cached, part
+from .panels import backward_panel, backward_reset, backward_step, moves, numbers_saved
+from .products import list_tiles, multiply, pack_columns, panel_units
+from .simd import VECTOR_BYTES, address
+from .team import empty
+
+__all__ = ["contributions"]
+
+Floats = NDArray[np.float64]
+
+#: Rows (loss steps times batch) that go back together: what they carry stays in the second-level cache.
+_ROWS = 128
+
+#: The exponent of a row of zeros, below all others.
+_ZERO = -(2**30)
+
+
+@cache
+def _rescale(dtype):
+    """Build the scaling of one row, of all its states, by a power of two to a largest entry in [1, 2)."""
+    integer, bits = (np.int32, 32) if dtype.itemsize == 4 else (np.int64, 64)
+    mantissa, bias, magnitude = np.finfo(dtype).nmant, np.finfo(dtype).maxexp - 1, integer(2 ** (bits - 1) - 1)
+
+    @part(dtype)
+    def rescale(carry, begin, stride, states, H):
+        """Return the exponent that was taken out, or `_ZERO`."""
+        largest, patterns = integer(0), carry.view(integer)
+        for s in range(states):
+            for j in range(H):  # magnitudes are ordered as their bits, of which a maximum fills vectors
+                largest = max(largest, patterns[np.uintp(begin + s * stride + j)] & magnitude)
+        if largest == 0:
+            return _ZERO
+        exponent = np.int64(largest >> mantissa) - bias
+        factor = math.ldexp(dtype.type(1), -exponent)
+        for s in range(states):
+            for j in range(H):
+                carry[np.uintp(begin + s * stride + j)] *= factor
+        return exponent
+
+    return rescale
+
+
+@njit(error_model="numpy", fastmath={"contract", "reassoc"})
+def _sums(y, z, count):
+    """Return Σ y² and Σ y·z of `count` numbers in float64. Their order is free, so that they fill vectors."""
+    squares = product = 0.0
+    for j in range(count):
+        squares += np.float64(y[j]) * np.float64(y[j])
+        product += np.float64(y[j]) * np.float64(z[j])
+    return squares, product
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _reduce(da, begin, wide, exponent, factors, slopes, parts, scale, y, norms, products):
+    """Set ln ‖C‖ and ⟨C, dL/dW⟩ of one loss step and one k for all parts, from the rows of da that begin at `begin`."""
+    B, top = len(exponent), exponent.max()
+    for b in range(B):
+        scale[b] = math.ldexp(1.0, max(exponent[b] - top, -2000))
+    for p in range(len(parts) if top > _ZERO else 0):
+        first, count, i0, i1 = parts[p]
+        squares = product = 0.0
+        for i in range(i0, i1):
+            y[:count] = 0
+            for b in range(i - i0, B):  # F is lower trapezoidal
+                factor, at = factors[b, i] * scale[b], begin + b * wide + first
+                for c in range(count):
+                    y[np.uintp(c)] += factor * da[np.uintp(at + c)]
+            sums = _sums(y, slopes[i], count)
+            squares, product = squares + sums[0], product + sums[1]
+        norms[p], products[p] = 0.5 * math.log(squares) + top * math.log(2.0), math.ldexp(product, top)
+
+
+@cache
+def _kernel(cell: Cell, dtype):
+    G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
+    V = VECTOR_BYTES // dtype.itemsize
+    R, (NEW, _, SAVED, PEEPHOLE, DAX, DAH, DP, _, OLD, _) = backward_panel(cell, V)
+    VECTORS, MANY, JOINT, RESET = R // V, panel_units(1), cell.joint, cell.reset is not None
+    HEAD, WIDTH = G - bool(cell.reset), _width(cell)
+    through_weights, rescale = multiply(1, dtype), _rescale(dtype)
+    (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
+    step_panel, reset_panel = backward_step(cell, V, True), backward_reset(cell, V) if RESET else None
+
+    @cached(f"{cell.name}-{dtype}", cell.step_backward)
+    def contributions(arguments):
+        """Fill norms and products (loss steps, T, parts) of the loss steps `at`, the last one first."""
+        (
+            at, d_output, saved, weight_hh, peephole, factors, slopes, parts, packed, packed_last, carry, d_reset, da,
+            y, scale, panel, exponent, tiles, norms, products,
+        ) = borrow(arguments)  # fmt: skip
+        (T, B, H), units, flat_saved = d_output.shape, saved.shape[1], saved.reshape(-1)
+        row, wide, stride = units * V, WIDTH * H, len(carry) // S
+        dah = 0 if JOINT else G * H
+        of_carry, of_saved, of_da = (stride, row, V), (V, KS * V, B * KS * V), (H, wide, V)
+        pack_columns(packed, 0, weight_hh[: HEAD * H], 1, 1, MANY, 0, units)
+        if RESET:
+            pack_columns(packed_last, 0, weight_hh[HEAD * H :], 1, 1, MANY, 0, units)
+        count, most = list_tiles(tiles, 0, B, 0, units, units, MANY, VECTORS), stride // (B * row)
+        for first in range(0, len(at), most):
+            last, active = min(first + most, len(at)), 0
+            for k in range(at[first], -1, -1):
+                while first + active < last and at[first + active] == k:
+                    for r in range(active * B, (active + 1) * B):
+                        exponent[r] = 0
+                        for j in range(row):
+                            for s in range(S):
+                                carry[s * stride + r * row + j] = 0
+                            if j < H:
+                                carry[r * row + j] = d_output[k, r - active * B, j]
+                    active += 1
+                for r in range(active * B):
+                    e = rescale(carry, r * row, stride, S, H)
+                    exponent[r] = e if e == _ZERO else exponent[r] + e
+                kept, rows = k * units * B * KS * V, active * B
+                for n in range(active * count):
+                    tile, here, there = tiles[n % count], n // count * B * row, n // count * B * wide
+                    one = tile[0], tile[1], tile[2], tile[3]
+                    load(panel, NEW, R, carry, here, S, of_carry, one, H)
+                    load(panel, SAVED, R, flat_saved, kept, K, of_saved, one, H)
+                    load_rows(panel, PEEPHOLE, R, peephole, 0, P, (H, 0, V), one, H)
+                    step_panel(panel, one[1] * one[3] * V)
+                    store_rows(panel, DAX, R, da, there, G, of_da, one, H)
+                    if not JOINT:
+                        store_rows(panel, DAH, R, da, there + dah, G, of_da, one, H)
+                    store_rows(panel, DP, R, da, there + wide - P * H, P, of_da, one, H)
+                    store(panel, OLD, R, carry, here, S, of_carry, one, H)
+                if RESET:
+                    d_reset[:] = 0
+                    there = address(d_reset, 0)
+                    through_weights(
+                        there, row, there, row, address(da, HEAD * H), wide, address(packed_last, 0), H, rows, 0, units,
+                        units,
+                    )  # fmt: skip
+                    for n in range(active * count):
+                        tile, here = tiles[n % count], n // count * B * row
+                        one = tile[0], tile[1], tile[2], tile[3]
+                        load(panel, NEW, R, d_reset, here, 1, of_carry, one, H)
+                        load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, one, H)
+                        load(panel, OLD, R, carry, here, 1, of_carry, one, H)
+                        reset_panel(panel, one[1] * one[3] * V)
+                        store_rows(panel, DAX, R, da, n // count * B * wide, 1, of_da, one, H)
+                        store(panel, OLD, R, carry, here, 1, of_carry, one, H)
+                for n in range(active):
+                    _reduce(
+                        da, n * B * wide, wide, exponent[n * B : (n + 1) * B], factors[k], slopes[k], parts, scale, y,
+                        norms[first + n, k], products[first + n, k],
+                    )  # fmt: skip
+                here = address(carry, 0)
+                through_weights(
+                    here, row, here, row, address(da, dah), wide, address(packed, 0), HEAD * H, rows, 0, units, units
+                )
+
+    return contributions
+
+
+def _width(cell: Cell) -> int:
+    """Return how many times H numbers a row of da has: dL/dax, dL/dah where that is another, dL/dpeephole."""
+    return (1 if cell.joint else 2) * len(cell.gates) + len(cell.peepholes)
+
+
+def contributions(
+    cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array, gradient: LayerWeights
+) -> dict[str, tuple[Floats, Floats]]:
+    """Return by the name of each weight ln ‖C[t, k]‖ and ⟨C[t, k], gradient⟩, (T, T) both.
+
+    d_output (T, B, H) holds dL_t/dh_t by nothing but the output of step t; `gradient` is anything of the weights' shapes,
+    with no rows where the layer has no such weight. Without a loss at t, and for k > t, they are −inf and 0.
+    """
+    (T, B, H), G, dtype = d_output.shape, len(cell.gates), d_output.dtype
+    head, dah, one = (G - bool(cell.reset)) * H, 0 if cell.joint else G * H, np.ones((T, B, 1), dtype)
+    first_peephole = (_width(cell) - len(cell.peepholes)) * H
+    pairs = [
+        ("weight_ih", 0, gradient.weight_ih, trace.x),
+        ("weight_hh", dah, gradient.weight_hh[:head], trace.state[0, :-1]),
+        ("weight_hh", dah + head, gradient.weight_hh[head:], trace.reset_h),
+        ("bias_ih", 0, gradient.bias_ih[:, None], one),
+        ("bias_hh", dah, gradient.bias_hh[:, None], one),
+        ("peephole", first_peephole, gradient.peephole[:, None], one),
+    ]
+    pairs = [pair for pair in pairs if len(pair[2])]
+    split = [np.linalg.qr(values.swapaxes(1, 2)) for *_, values in pairs]
+    ranks = np.cumsum([0, *(triangle.shape[1] for _, triangle in split)])
+    parts = np.array([(p[1], len(p[2]), *ends) for p, ends in zip(pairs, zip(ranks, ranks[1:]), strict=True)])
+    factors, slopes = np.empty((T, B, ranks[-1]), dtype), np.empty((T, ranks[-1], G * H), dtype)
+    for (_, _, matrix, _), (q, triangle), (_, rows, *ends) in zip(pairs, split, parts, strict=True):
+        factors[:, :, slice(*ends)] = triangle.swapaxes(1, 2)
+        slopes[:, slice(*ends), :rows] = q.swapaxes(1, 2) @ matrix.T
+
+    V, steps, parties = VECTOR_BYTES // dtype.itemsize, np.flatnonzero(d_output.any(axis=(1, 2)))[::-1], threads()
+    units, wide = -(-H // V), _width(cell) * H
+    most = max(1, min(_ROWS // B, -(-len(steps) // parties)))
+    rows = most * B
+    norms, products = np.full((2, len(parts), T, T), [[[[-np.inf]]], [[[0]]]])
+    calls = []
+    for rank in range(parties):
+        at = steps[np.arange(len(steps)) // most % parties == rank].copy()
+        results = np.full((len(at), T, len(parts)), -np.inf), np.zeros((len(at), T, len(parts)))
+        sizes = head * units * V, (G * H - head) * units * V, len(cell.states) * rows * units * V
+        sizes += (rows if cell.reset else 0) * units * V, rows * wide, G * H, B, backward_panel(cell, V)[1][-1]
+        work = [empty((size,), dtype) for size in sizes]
+        work[-1][:] = 0
+        calls.append(
+            (
+                at,
+                d_output,
+                trace.saved,
+                weights.weight_hh,
+                weights.peephole,
+                factors,
+                slopes,
+                parts,
+                *work,
+                np.zeros(rows, np.int64),
+                np.empty((units * B, 4), np.int64),
+                *results,
+            )  # fmt: skip
+        )
+    with ThreadPoolExecutor(parties) as pool:
+        list(pool.map(_kernel(cell, dtype), calls))
+    for at, *_, some_norms, some_products in calls:
+        norms[:, at], products[:, at] = some_norms.transpose(2, 0, 1), some_products.transpose(2, 0, 1)
+    found: dict[str, tuple[Floats, Floats]] = {}
+    for (name, *_), norm, product in zip(pairs, norms, products, strict=True):
+        before = found.get(name, (np.full((T, T), -np.inf), np.zeros((T, T))))
+        found[name] = 0.5 * np.logaddexp(2 * before[0], 2 * norm), before[1] + product
+    return found
