@@ -52,12 +52,12 @@ def contributions(
     lengths: Any = None,
     state: State | None = None,
 ) -> Contributions:
-    """Measure the contribution of every loss step t through every step k to dL/dW of the mean loss, summed over the batch.
+    """Measure what the loss after every step t contributes through every step k to dL/dW, L the mean loss of the batch.
 
-    C[t, k] = Σ_b (∂L_t/∂s_t)(∂s_t/∂s_k)(∂⁺s_k/∂W), s the state of a sequence b and ∂⁺ the derivative within step k alone
+    C[t, k] = Σ_b (∂L_t/∂s_t)(∂s_t/∂s_k)(∂⁺s_k/∂W), s the state of sequence b and ∂⁺ the derivative within step k alone
     (Pascanu, Mikolov & Bengio 2013, eq. 3–5), W the parameters of the last layer. Every t has an adjoint of its own, in
-    powers of two, so that nothing underflows at any lag. T·(T + 1)/2 steps of BPTT are taken, in memory that grows with T
-    and, for the results, T². Arguments and errors as `gradient_flow`, and ValueError for a bidirectional network.
+    powers of two, so that nothing underflows at any lag: T·(T + 1)/2 steps of BPTT, in memory that grows with T but for
+    the results. Arguments and errors as `gradient_flow`, and ValueError for a bidirectional network.
     """
     net = model.rnn
     if net.bidirectional:

@@ -59,7 +59,7 @@ def memory_path(
     trace, d_output, _ = run_to_loss(model, x, targets, loss_at, lengths, state)
     layers, _, _ = net.backpropagate(trace, d_output, scaled=True)
     past = np.arange(len(trace.output) + 1)[:, None] > trace.lengths
-    columns: list[list[Floats]] = []
+    found = MemoryPath([], [], [], trace.lengths)
     for k, layer in enumerate(layers):
         cut = net.weights(k)._replace(weight_hh=np.zeros_like(net.weights(k).weight_hh))
         nothing = np.zeros_like(layer.state[:, 0])
@@ -68,8 +68,9 @@ def memory_path(
         total, alone = log_norm(layer.state[-1], layer.exponent), log_norm(part.state[-1], part.exponent)
         with np.errstate(invalid="ignore"):
             share = (_unit(part.state[-1]) * _unit(layer.state[-1])).sum(axis=-1) * np.exp(alone - total)
-        columns.append([np.where(past, np.nan, values) for values in (total, alone, share)])
-    return MemoryPath(*map(list, zip(*columns, strict=True)), trace.lengths)
+        for kind, values in ((found.total, total), (found.alone, alone), (found.shares, share)):
+            kind.append(np.where(past, np.nan, values))
+    return found
 
 
 def _unit(values: Array) -> Floats:
@@ -108,9 +109,9 @@ def gates(net: Recurrent, trace: Trace, k: int = 0) -> dict[str, Array]:
 def gate_statistics(net: Recurrent, trace: Trace) -> pd.DataFrame:
     """Return one row a gate and unit, over all steps and sequences.
 
-    Columns: layer, direction, gate, unit; low, median, high, the 10, 50 and 90 % quantiles of the gate's value; closed and
-    open, the shares of steps in which it is saturated, σ' < 0.01, at 0 and at 1; time_scale_steps = −1 / ⟨ln σ(a)⟩ of the
-    gate that keeps the memory (f, z of a GRU), in which it falls to 1/e; NaN of others. Raises as `gates`.
+    Columns: layer, direction, gate, unit; low, median, high, the 10, 50 and 90 % quantiles of the gate's value; closed
+    and open, the shares of steps in which it is saturated, σ' < 0.01, at 0 and at 1; time_scale_steps, −1 / ⟨ln σ(a)⟩
+    of the gate that keeps the memory (f, z of a GRU), in which that falls to 1/e, NaN of others. Raises as `gates`.
     """
     frames = []
     for k in range(len(trace.layers)):
@@ -145,9 +146,10 @@ def survival(
 ) -> dict[tuple[str, str], Floats]:
     """Return ln of what is left of a perturbation of one state, in another, by lag: (B, T+1) by (perturbed, seen).
 
-    With J = ∂seen_T / ∂perturbed_{T−lag}, in layer-direction k alone, it is ln (‖J‖_F / √H): the response to a perturbation of
-    length 1, root mean square over its directions. It is measured the other way round, E ‖Jᵀv‖² = ‖J‖_F² / H over
-    random v of length 1 (Hutchinson 1990), with `probes` of them for each sequence. NaN where the lag is longer than the sequence.
+    With J = ∂seen_T / ∂perturbed_{T−lag}, in layer-direction k alone, it is ln (‖J‖_F / √H): the response to a
+    perturbation of length 1, root mean square over its directions. A perturbation of c_t moves h_t with it. Measured
+    the other way round, by scaled BPTT: E ‖Jᵀv‖² = ‖J‖_F² / H over random v of length 1 (Hutchinson 1990), `probes` of
+    them a sequence. NaN where the lag is longer than the sequence. Raises ValueError for a network that overflows.
     """
     weights, layer = net.weights(k), trace.layers[k]
     S, slots, B, H = layer.state.shape

@@ -11,9 +11,9 @@ sequence (Tallec & Ollivier 2018). What to look for:
 - c and h have different units: compare slopes. With "chrono" no line fits: slow units take over as fast ones die out;
 - time scale −1/⟨ln f⟩ of every unit: dots where theory is −1/ln σ(b). The input moves the pre-activation to both
   sides, and closing costs more than opening gains (ln σ is concave): units lie below the theory;
-- share along the memory: ⟨part, total⟩ / ‖total‖² of dL/dc (GRU: dL/dh) for a loss at the last step, where the part never
-  passed through W_hh. 1: the gate does it all, as the textbook's ∏ f has it. Where it is 0 the gradient that is left came
-  through the recurrent weights and ∏ f explains nothing; above 1 the two cancel. The band is that of networks;
+- share along the memory: ⟨part, total⟩ / ‖total‖² of dL/dc (GRU: dL/dh) for a loss at the last step, where the part
+  never passed through W_hh. At 1 the gate does it all, as the textbook's ∏ f has it; at 0 what is left of the gradient
+  came through the recurrent weights, and ∏ f explains nothing; above 1 the two cancel;
 - saturated gates (σ' < 0.01) pass no gradient to their own weights: b = 5 keeps the memory and cannot learn to forget.
 
 Inputs are white noise; W_hh is orthogonal, W_ih Glorot's, other biases 0; the networks are untrained.

@@ -1,7 +1,7 @@
 """Which step does the gradient reach in each arrangement of inputs and outputs, and in stacked and two-way networks?
 
-Each curve is ‖dL/dh_t‖ (LSTM: of h, not of c) of the mean loss against the time t at which h_t stands, at every layer and
-in every direction. What to look for:
+Each curve is ‖dL/dh_t‖ (LSTM: of h, not of c) of the mean loss against the time t at which h_t stands, of every layer
+and in every direction. What to look for:
 
 - one to one: no time passes, nothing decays: a feedforward network;
 - one to many: the output is the next input. Fed back (solid) the gradient has a path through every output; with the
@@ -57,11 +57,11 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     for network in range(point["networks"]):
         seed = 1000 * point["seed"] + network
         rnn = Recurrent(point["cell"], 1, point["hidden_size"], layers, bidirectional=both, dtype=point["dtype"])
-        options = {"forget_bias": 1.0} if point["cell"] == "lstm" else {}
-        rnn.initialise("orthogonal", "glorot", "zeros", **options, seed=seed)
+        forget_bias = 1.0 if point["cell"] == "lstm" else None
+        rnn.initialise("orthogonal", "glorot", "zeros", forget_bias=forget_bias, seed=seed)
         model = SequenceModel(rnn, 1, topology, "mse", teacher_forcing=teacher, seed=seed)
         if model.decoder:
-            model.decoder.initialise("orthogonal", "glorot", "zeros", **options, seed=seed + 500)
+            model.decoder.initialise("orthogonal", "glorot", "zeros", forget_bias=forget_bias, seed=seed + 500)
         steps, B, rng = point["steps"], point["batch"], np.random.default_rng([seed, len(topology)])
         inputs = 1 if topology.startswith("one") else steps
         outputs = () if topology in ("one_to_one", "many_to_one") else (steps,)
@@ -76,8 +76,8 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
                 samples.setdefault(("h", "reverse" if reverse else curve), []).append(norms)
         samples.setdefault(("x", "layer 1"), []).append(log_norm(gradients.x))
     rows = []
-    for (quantity, curve), norms in samples.items():
-        low, median, high = np.quantile(np.concatenate(norms, axis=1), [0.1, 0.5, 0.9], axis=1) / np.log(10)
+    for (quantity, curve), columns in samples.items():
+        low, median, high = np.quantile(np.concatenate(columns, axis=1), [0.1, 0.5, 0.9], axis=1) / np.log(10)
         start = point["steps"] if curve == "decoder" else 1 if quantity == "x" else 0
         values = {"norm_decades": median, "norm_low_decades": low, "norm_high_decades": high}
         frame = pd.DataFrame({"quantity": quantity, "curve": curve, "step": start + np.arange(len(median)), **values})
@@ -97,18 +97,17 @@ def plot(frame: pd.DataFrame) -> Figure:
         banded_lines(ax, here, style="curve", dashes=dashes, title="cell, part", **axis)
         decades(ax, "time t [steps]", "norm of dL/dh")
         ax.set_title(name)
-    axes[5 - 1].axvline(frame["steps"].iloc[0], color="k", linestyle=":", linewidth=1)
+    axes[PANELS.index("encoder and decoder")].axvline(frame["steps"].iloc[0], color="k", linestyle=":", linewidth=1)
     inputs = frame[(frame["quantity"] == "x") & (frame["cell"] == "lstm") & (frame["step"] > 0)]
-    shown = {name: dash for name, dash in zip(PANELS[2:], ("-", "--", "-.", ":", "-"), strict=True)}
     banded_lines(
         axes[7], inputs, style="cell", dashes={"lstm": "-"}, title="arrangement, cell",
-        **axis | {"hue": "arrangement", "hue_order": list(shown)},
+        **axis | {"hue": "arrangement", "hue_order": PANELS[2:]},
     )  # fmt: skip
     decades(axes[7], "time t [steps]", "norm of dL/dx")
     axes[7].set_title("what reaches the inputs (LSTM)")
     text = (
-        "untrained networks, H = {hidden_size}, {steps} inputs and outputs where there are many, white noise; mean squared "
-        "error; median and 10–90 % band over {networks} networks × {batch} sequences; {dtype}, seed {seed}"
+        "untrained networks, H = {hidden_size}, {steps} inputs and outputs where there are many, white noise; mean "
+        "squared error; median and 10–90 % band over {networks} networks × {batch} sequences; {dtype}, seed {seed}"
     ).format(**frame.iloc[0])
     caption(figure, "What reaches which step", text)
     return figure

@@ -167,7 +167,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="many_to_many, got encoder_decoder"):
         contributions(random_model("gru", topology="encoder_decoder"), *data)
     got = contributions(random_model("gru", topology="many_to_one"), *data, "last")
-    with pytest.raises(ValueError, match="parameter must be one of .*, all, got 'weight_hh'"):
+    with pytest.raises(ValueError, match=r"parameter must be one of .*, all, got 'weight_hh'"):
         got.by_lag("weight_hh")
     net = rnnlab.RNN(1, 4, nonlinearity="relu", seed=0)
     net.initialise("identity", "zeros", gain=100.0, seed=0)

@@ -6,14 +6,16 @@ the batch, dL_t/da_b, meet what the weights were multiplied with, v_b = h_{k−1
 
     C[t, k] = Σ_b dL_t/da_b · v_bᵀ                                        (Pascanu, Mikolov & Bengio 2013, eq. 3–5)
 
-Of C only ‖C‖ and ⟨C, dL/dW⟩ are wanted. ‖C‖² depends on v through its Gram matrix alone, Σ_{b,b'} (da_b·da_b')(v_b·v_b').
-Its triangular factor serves as well, and squares nothing: with v = F Qᵀ, Q (n, r) orthonormal, r = min(B, n), both are
-those of Y = Σ_b dL_t/da_b F_bᵀ (G·H, r), with dL/dW Q in place of dL/dW. No matrix of weights is formed for any t and k.
+Of C only ‖C‖ and ⟨C, dL/dW⟩ are wanted. ‖C‖² knows v by its Gram matrix alone, Σ_{b,b'} (da_b·da_b')(v_b·v_b'), and the
+triangular factor of that serves as well, and squares nothing: with v = F Qᵀ, Q (n, r) orthonormal and r = min(B, n), C
+has the norm of Y = Σ_b dL_t/da_b F_bᵀ (G·H, r), and ⟨C, dL/dW⟩ = ⟨Y, dL/dW Q⟩. For no t and k a matrix is formed.
 """
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -54,7 +56,7 @@ def _rescale(dtype):
                 largest = max(largest, patterns[np.uintp(begin + s * stride + j)] & magnitude)
         if largest == 0:
             return _ZERO
-        exponent = np.int64(largest >> mantissa) - bias
+        exponent = int(largest >> mantissa) - bias
         factor = math.ldexp(dtype.type(1), -exponent)
         for s in range(states):
             for j in range(H):
@@ -62,6 +64,16 @@ def _rescale(dtype):
         return exponent
 
     return rescale
+
+
+@njit
+def _enter(carry, begin, stride, states, row, d_output):
+    """Set the rows of one loss step that begin at `begin`: h to d_output (B, H), c and padding to zero."""
+    B, H = d_output.shape
+    for s in range(states):
+        carry[s * stride + begin : s * stride + begin + B * row] = 0
+    for b in range(B):
+        carry[begin + b * row : begin + b * row + H] = d_output[b]
 
 
 @njit(error_model="numpy", fastmath={"contract", "reassoc"})
@@ -112,9 +124,8 @@ def _kernel(cell: Cell, dtype):
             at, d_output, saved, weight_hh, peephole, factors, slopes, parts, packed, packed_last, carry, d_reset, da,
             y, scale, panel, exponent, tiles, norms, products,
         ) = borrow(arguments)  # fmt: skip
-        (T, B, H), units, flat_saved = d_output.shape, saved.shape[1], saved.reshape(-1)
-        row, wide, stride = units * V, WIDTH * H, len(carry) // S
-        dah = 0 if JOINT else G * H
+        (_, B, H), units, flat_saved = d_output.shape, saved.shape[1], saved.reshape(-1)
+        row, wide, stride, dah = units * V, WIDTH * H, len(carry) // S, 0 if JOINT else G * H
         of_carry, of_saved, of_da = (stride, row, V), (V, KS * V, B * KS * V), (H, wide, V)
         pack_columns(packed, 0, weight_hh[: HEAD * H], 1, 1, MANY, 0, units)
         if RESET:
@@ -124,13 +135,8 @@ def _kernel(cell: Cell, dtype):
             last, active = min(first + most, len(at)), 0
             for k in range(at[first], -1, -1):
                 while first + active < last and at[first + active] == k:
-                    for r in range(active * B, (active + 1) * B):
-                        exponent[r] = 0
-                        for j in range(row):
-                            for s in range(S):
-                                carry[s * stride + r * row + j] = 0
-                            if j < H:
-                                carry[r * row + j] = d_output[k, r - active * B, j]
+                    exponent[active * B : (active + 1) * B] = 0
+                    _enter(carry, active * B * row, stride, S, row, d_output[k])
                     active += 1
                 for r in range(active * B):
                     e = rescale(carry, r * row, stride, S, H)
@@ -182,13 +188,24 @@ def _width(cell: Cell) -> int:
     return (1 if cell.joint else 2) * len(cell.gates) + len(cell.peepholes)
 
 
+def _room(cell: Cell, B: int, H: int, most: int, dtype: np.dtype[Any]) -> tuple[Array, ...]:
+    """Return where one thread works: what `contributions` of `_kernel` takes between parts and norms."""
+    V, G, reset = VECTOR_BYTES // dtype.itemsize, len(cell.gates), int(cell.reset is not None)
+    row, rows = -(-H // V) * V, most * B
+    carried = (G - reset) * H * row, reset * H * row, len(cell.states) * rows * row, reset * rows * row
+    sizes = *carried, rows * _width(cell) * H, G * H, B, backward_panel(cell, V)[1][-1]
+    *work, panel = (empty((size,), dtype) for size in sizes)
+    panel[:] = 0  # lanes past H, which nobody reads, should at least not trap in denormals
+    return (*work, panel, np.zeros(rows, np.int64), np.empty((row // V * B, 4), np.int64))
+
+
 def contributions(
     cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array, gradient: LayerWeights
 ) -> dict[str, tuple[Floats, Floats]]:
     """Return by the name of each weight ln ‖C[t, k]‖ and ⟨C[t, k], gradient⟩, (T, T) both.
 
-    d_output (T, B, H) holds dL_t/dh_t by nothing but the output of step t; `gradient` is anything of the weights' shapes,
-    with no rows where the layer has no such weight. Without a loss at t, and for k > t, they are −inf and 0.
+    d_output (T, B, H) is the derivative of L_t by the output of step t; `gradient` has the shapes of the weights. Where
+    there is no loss at t, and for k > t, the two are −inf and 0.
     """
     (T, B, H), G, dtype = d_output.shape, len(cell.gates), d_output.dtype
     head, dah, one = (G - bool(cell.reset)) * H, 0 if cell.joint else G * H, np.ones((T, B, 1), dtype)
@@ -204,43 +221,23 @@ def contributions(
     pairs = [pair for pair in pairs if len(pair[2])]
     split = [np.linalg.qr(values.swapaxes(1, 2)) for *_, values in pairs]
     ranks = np.cumsum([0, *(triangle.shape[1] for _, triangle in split)])
-    parts = np.array([(p[1], len(p[2]), *ends) for p, ends in zip(pairs, zip(ranks, ranks[1:]), strict=True)])
+    parts = np.array([(pair[1], len(pair[2]), *ends) for pair, ends in zip(pairs, pairwise(ranks), strict=True)])
     factors, slopes = np.empty((T, B, ranks[-1]), dtype), np.empty((T, ranks[-1], G * H), dtype)
     for (_, _, matrix, _), (q, triangle), (_, rows, *ends) in zip(pairs, split, parts, strict=True):
         factors[:, :, slice(*ends)] = triangle.swapaxes(1, 2)
         slopes[:, slice(*ends), :rows] = q.swapaxes(1, 2) @ matrix.T
 
-    V, steps, parties = VECTOR_BYTES // dtype.itemsize, np.flatnonzero(d_output.any(axis=(1, 2)))[::-1], threads()
-    units, wide = -(-H // V), _width(cell) * H
+    steps, parties = np.flatnonzero(d_output.any(axis=(1, 2)))[::-1], threads()
     most = max(1, min(_ROWS // B, -(-len(steps) // parties)))
-    rows = most * B
-    norms, products = np.full((2, len(parts), T, T), [[[[-np.inf]]], [[[0]]]])
     calls = []
     for rank in range(parties):
         at = steps[np.arange(len(steps)) // most % parties == rank].copy()
-        results = np.full((len(at), T, len(parts)), -np.inf), np.zeros((len(at), T, len(parts)))
-        sizes = head * units * V, (G * H - head) * units * V, len(cell.states) * rows * units * V
-        sizes += (rows if cell.reset else 0) * units * V, rows * wide, G * H, B, backward_panel(cell, V)[1][-1]
-        work = [empty((size,), dtype) for size in sizes]
-        work[-1][:] = 0
-        calls.append(
-            (
-                at,
-                d_output,
-                trace.saved,
-                weights.weight_hh,
-                weights.peephole,
-                factors,
-                slopes,
-                parts,
-                *work,
-                np.zeros(rows, np.int64),
-                np.empty((units * B, 4), np.int64),
-                *results,
-            )  # fmt: skip
-        )
+        shape = len(at), T, len(parts)
+        given = at, d_output, trace.saved, weights.weight_hh, weights.peephole, factors, slopes, parts
+        calls.append((*given, *_room(cell, B, H, most, dtype), np.full(shape, -np.inf), np.zeros(shape)))
     with ThreadPoolExecutor(parties) as pool:
         list(pool.map(_kernel(cell, dtype), calls))
+    norms, products = np.full((len(parts), T, T), -np.inf), np.zeros((len(parts), T, T))
     for at, *_, some_norms, some_products in calls:
         norms[:, at], products[:, at] = some_norms.transpose(2, 0, 1), some_products.transpose(2, 0, 1)
     found: dict[str, tuple[Floats, Floats]] = {}
