@@ -27,6 +27,7 @@ __all__ = [
     "shares",
     "tiles",
 ]
+__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "fit_table", "panels", "roofline"]
 
 #: Colour-blind safe, in a fixed order.
 PALETTE = sns.color_palette("colorblind")
@@ -77,20 +78,28 @@ def decades(ax: Axes, x_label: str, y_label: str) -> None:
     ax.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")
 
 
-def half_lives(
-    ax: Axes, frame: pd.DataFrame, *, rows: Mapping[tuple[str, str], str], columns: Sequence[str], lines: Sequence[str]
+def fit_table(
+    ax: Axes,
+    frame: pd.DataFrame,
+    title: str,
+    *,
+    values: Sequence[str],
+    rows: Mapping[tuple[str, str], str],
+    columns: Sequence[str],
+    lines: Sequence[str],
 ) -> None:
-    """Fill a panel with half-lives and their intervals, a row for each (cell, state) and initialiser of `lines`."""
+    """Fill a panel with `values`, a number and what ends its interval, for each (cell, state) and initialiser."""
     cells, labels = [], []
     for (cell, state), label in rows.items():
         for line in lines:
             part = frame[(frame["cell"] == cell) & (frame["state"] == state) & (frame["initialiser"] == line)]
-            fit = part.set_index("input").loc[list(columns)]
-            ends = zip(fit["half_life_steps"], fit["half_life_low_steps"], fit["half_life_high_steps"], strict=True)
-            cells.append([f"{middle:.3g} ({low:.3g}–{high:.3g})" for middle, low, high in ends])
+            fits = part.set_index("input").loc[list(columns), list(values)].to_numpy()
+            cells.append(
+                [f"{middle:.3g}" + (" ({:.3g}–{:.3g})".format(*ends) if ends else "") for middle, *ends in fits]
+            )
             labels.append(f"{label}, {line}")
     ax.axis("off")
-    ax.set_title("Half-life in steps (95 % bootstrap interval over networks)")
+    ax.set_title(title)
     table = ax.table(cells, rowLabels=labels, colLabels=[_words(name) for name in columns], loc="upper right")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
