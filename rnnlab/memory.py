@@ -12,7 +12,7 @@ from .checks import check_positive, generator
 from .gradients import align, check_finite, log_norm, run_to_loss
 from .kernels import backend
 from .model import SequenceModel
-from .rnn import Recurrent, State, Trace
+from .rnn import Recurrent, State
 
 __all__ = ["MemoryPath", "gate_statistics", "gates", "memory_path", "survival"]
 
@@ -82,88 +82,97 @@ def _unit(values: Array) -> Floats:
     return unit
 
 
-def gates(net: Recurrent, trace: Trace, k: int = 0) -> dict[str, Array]:
-    """Return the pre-activations (T, B, H) of every sigmoid gate of layer-direction k, by name; NaN past the end.
+def gates(net: Recurrent, x: Array, *, lengths: Any = None, state: State | None = None) -> list[dict[str, Array]]:
+    """Return for every layer-direction the pre-activations (T, B, H) of its sigmoid gates, by name; NaN past the end.
 
-    a = W_ih x_t + b_ih + W_hh h_{t−1} + b_hh, of a peephole gate + p∘c that it looks at; the gate's value is σ(a).
-    Raises ValueError for a cell without gates.
+    a = W_ih x_t + b_ih + W_hh h_{t−1} + b_hh, of a peephole gate + p∘c that it looks at; the gate's value is σ(a). In
+    the order of processing. Arguments and errors as `Recurrent.forward`, and ValueError for a cell without gates.
     """
-    names = [gate for gate in net.cell.gates if gate in ("i", "f", "o", "r", "z")]
+    H, names = net.hidden_size, [gate for gate in net.cell.gates if gate in ("i", "f", "o", "r", "z")]
     if not names:
         raise ValueError(f"net must have a cell with gates, got {net.cell.name}")
-    layer, weights, H = trace.layers[k], net.weights(k), net.hidden_size
-    past = np.arange(len(layer.x))[:, None] >= trace.lengths
-    found: dict[str, Array] = {}
-    for gate in names:
-        rows = slice(net.cell.gates.index(gate) * H, (net.cell.gates.index(gate) + 1) * H)
-        a = layer.x @ weights.weight_ih[rows].T + weights.bias_ih[rows]
-        a += layer.state[0, :-1] @ weights.weight_hh[rows].T + weights.bias_hh[rows]
-        if gate in net.cell.peepholes:
-            peephole = weights.peephole.reshape(-1, H)[net.cell.peepholes.index(gate)]
-            a += peephole * (layer.state[1, 1:] if gate == "o" else layer.state[1, :-1])
-        a[past] = np.nan
-        found[gate] = a
+    trace = net.forward(x, state, lengths)
+    past = np.arange(len(x))[:, None] >= trace.lengths
+    found: list[dict[str, Array]] = []
+    for k, layer in enumerate(trace.layers):
+        weights = net.weights(k)
+        found.append({})
+        for gate in names:
+            rows = slice(net.cell.gates.index(gate) * H, (net.cell.gates.index(gate) + 1) * H)
+            a = layer.x @ weights.weight_ih[rows].T + weights.bias_ih[rows]
+            a += layer.state[0, :-1] @ weights.weight_hh[rows].T + weights.bias_hh[rows]
+            if gate in net.cell.peepholes:
+                peephole = weights.peephole.reshape(-1, H)[net.cell.peepholes.index(gate)]
+                a += peephole * (layer.state[1, 1:] if gate == "o" else layer.state[1, :-1])
+            a[past] = np.nan
+            found[k][gate] = a
     return found
 
 
-def gate_statistics(net: Recurrent, trace: Trace) -> pd.DataFrame:
+def gate_statistics(net: Recurrent, x: Array, *, lengths: Any = None, state: State | None = None) -> pd.DataFrame:
     """Return one row a gate and unit, over all steps and sequences.
 
     Columns: layer, direction, gate, unit; low, median, high, the 10, 50 and 90 % quantiles of the gate's value; closed
     and open, the shares of steps in which it is saturated, σ' < 0.01, at 0 and at 1; time_scale_steps, −1 / ⟨ln σ(a)⟩
-    of the gate that keeps the memory (f, z of a GRU), in which that falls to 1/e, NaN of others. Raises as `gates`.
+    of the gate that keeps the memory (f, z of a GRU), in which that falls to 1/e, NaN of others. Otherwise as `gates`.
     """
     frames = []
-    for k in range(len(trace.layers)):
-        for gate, all_steps in gates(net, trace, k).items():
-            a = all_steps[np.isfinite(all_steps).all(axis=-1)].astype(np.float64)
+    for k, of_layer in enumerate(gates(net, x, lengths=lengths, state=state)):
+        for gate, all_steps in of_layer.items():
+            a = all_steps[~np.isnan(all_steps).all(axis=-1)].astype(np.float64)
             low, median, high = expit(np.quantile(a, [0.1, 0.5, 0.9], axis=0))  # σ keeps the order
             saturated = expit(a) * expit(-a) < 0.01
             with np.errstate(divide="ignore"):
                 scale = -1 / log_expit(a).mean(axis=0) if gate in ("f", "z") else np.nan
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "layer": k // net.directions,
-                        "direction": k % net.directions,
-                        "gate": gate,
-                        "unit": np.arange(net.hidden_size),
-                        "low": low,
-                        "median": median,
-                        "high": high,
-                        "closed": (saturated & (a < 0)).mean(axis=0),
-                        "open": (saturated & (a > 0)).mean(axis=0),
-                        "time_scale_steps": scale,
-                    }
-                )
-            )
+            columns = {
+                "layer": k // net.directions,
+                "direction": k % net.directions,
+                "gate": gate,
+                "unit": np.arange(net.hidden_size),
+                "low": low,
+                "median": median,
+                "high": high,
+                "closed": (saturated & (a < 0)).mean(axis=0),
+                "open": (saturated & (a > 0)).mean(axis=0),
+                "time_scale_steps": scale,
+            }
+            frames.append(pd.DataFrame(columns))
     frame: pd.DataFrame = pd.concat(frames, ignore_index=True)
     return frame
 
 
 def survival(
-    net: Recurrent, trace: Trace, k: int = 0, *, probes: int = 8, seed: int | None = None
-) -> dict[tuple[str, str], Floats]:
-    """Return ln of what is left of a perturbation of one state, in another, by lag: (B, T+1) by (perturbed, seen).
+    net: Recurrent,
+    x: Array,
+    *,
+    lengths: Any = None,
+    state: State | None = None,
+    probes: int = 8,
+    seed: int | None = None,
+) -> list[dict[tuple[str, str], Floats]]:
+    """Return for every layer-direction ln of what is left of a perturbation, by lag: (B, T+1) by (perturbed, seen).
 
-    With J = ∂seen_T / ∂perturbed_{T−lag}, in layer-direction k alone, it is ln (‖J‖_F / √H): the response to a
-    perturbation of length 1, root mean square over its directions. A perturbation of c_t moves h_t with it. Measured
-    the other way round, by scaled BPTT: E ‖Jᵀv‖² = ‖J‖_F² / H over random v of length 1 (Hutchinson 1990), `probes` of
-    them a sequence. NaN where the lag is longer than the sequence. Raises ValueError for a network that overflows.
+    With J = ∂seen_T / ∂perturbed_{T−lag}, each of them h or c, it is ln (‖J‖_F / √H): the response to a perturbation
+    of length 1, root mean square over its directions, within the layer. A perturbation of c_t moves h_t with it.
+    Measured the other way round, by scaled BPTT: E ‖Jᵀv‖² = ‖J‖_F² / H over random v of length 1 (Hutchinson 1990),
+    `probes` of them a sequence. NaN where the lag is longer than the sequence. Arguments and errors otherwise as
+    `Recurrent.forward`, and ValueError for a network that overflows.
     """
-    weights, layer = net.weights(k), trace.layers[k]
-    S, slots, B, H = layer.state.shape
-    rng = generator(seed, "survival")
-    nothing, exponent = np.zeros((slots - 1, B, H), net.dtype), np.zeros((slots - 1, B), np.int64)
-    found: dict[tuple[str, str], Floats] = {}
-    for s, seen in enumerate(net.cell.states):
-        norms = []
-        for _ in range(check_positive("probes", probes)):
-            d_final = np.zeros((S, B, H), net.dtype)
-            d_final[s] = _unit(rng.normal(size=(B, H)))
-            back = backend("cpu").backward(net.cell, layer, weights, nothing, d_final, exponent)
-            check_finite(net, back.state)
-            norms.append(log_norm(back.state, back.exponent))
-        mean = 0.5 * (np.logaddexp.reduce(2 * np.array(norms), axis=0) - np.log(probes))
-        found |= {(name, seen): align(mean[q], trace.lengths) for q, name in enumerate(net.cell.states)}
+    trace = net.forward(x, state, lengths)
+    (T, B, _), H, S = trace.output.shape, net.hidden_size, len(net.cell.states)
+    rng, count = generator(seed, "survival"), check_positive("probes", probes)
+    nothing, exponent = np.zeros((T, B, H), net.dtype), np.zeros((T, B), np.int64)
+    found: list[dict[tuple[str, str], Floats]] = []
+    for k, layer in enumerate(trace.layers):
+        found.append({})
+        for s, seen in enumerate(net.cell.states):
+            total = np.full((S, T + 1, B), -np.inf)
+            for _ in range(count):
+                d_final = np.zeros((S, B, H), net.dtype)
+                d_final[s] = _unit(rng.normal(size=(B, H)))
+                back = backend("cpu").backward(net.cell, layer, net.weights(k), nothing, d_final, exponent)
+                check_finite(net, back.state)
+                total = np.logaddexp(total, 2 * log_norm(back.state, back.exponent))
+            for perturbed, squares in zip(net.cell.states, total, strict=True):
+                found[k][perturbed, seen] = align(0.5 * (squares - np.log(count)), trace.lengths)
     return found

@@ -52,10 +52,9 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         rnn.initialise("orthogonal", "glorot", "zeros", **bias, seed=seed)
         model = SequenceModel(rnn, 1, "many_to_one", "mse", seed=seed)
         x, targets = sample("white_noise", length, point["batch"], seed=seed, dtype=point["dtype"])
-        trace = rnn.forward(x)
-        survived.append(survival(rnn, trace, seed=seed))
+        survived.append(survival(rnn, x, seed=seed)[0])
         shares.append(memory_path(model, x, targets).by_lag())
-        statistics.append(gate_statistics(rnn, trace).assign(network=network))
+        statistics.append(gate_statistics(rnn, x).assign(network=network))
     rows: list[pd.DataFrame] = []
     for state in rnn.cell.states:
         profile = lag_profile(np.concatenate([one[state, state] for one in survived]))

@@ -37,7 +37,7 @@ def test_zero_weights_decay_as_theory_says(bias):
 
 
 def test_driven_tanh_network_decays_as_mean_field_says():
-    """A wide orthogonal network under noise. The residual of log-norms is about √(lag / 2H) = 0.4 nats = 0.17 decades."""
+    """A wide orthogonal network under noise. Log-norms of one network scatter by √(lag / 2H) = 0.17 decades."""
     changes = {"cell": "rnn_tanh", "initialiser": "orthogonal", "hidden_size": 128, "networks": 4}
     frame = pd.DataFrame(gradient_decay.run(point(**changes)))
     curve = frame[frame["kind"] == "curve"]
