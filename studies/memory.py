@@ -5,10 +5,10 @@ The gate that keeps the memory (f, z of a GRU) starts at σ(b): b = 0 forgets by
 sequence (Tallec & Ollivier 2018). What to look for:
 
 - survival: what is left of a perturbation of c (solid) or of h (dashed) in the same state, a lag later: root mean
-  square over directions, median and 10–90 % over networks and sequences. Dashed black: ln σ(b) a step, theory for
-  W_hh = 0. In the LSTM both end up parallel, for what was written into c lives there; h starts lower, by what of it the
-  gates let in. A curve above its theory lives on recurrent weights, one that rises is unstable;
-- c and h have different units: compare slopes. With "chrono" no line fits: slow units take over as fast ones die out;
+  square over directions, median and 10–90 % over networks and sequences. Dashed black is ln σ(b) a step, the gate's own
+  forgetting, and theory for W_hh = 0; dots are theory for a random W_hh at rest (of dL/dc, its mirror image). What lies
+  above the dashed line lives on recurrent weights, and what rises is unstable. c and h have different units: in the
+  LSTM both end up parallel, for what is left of either lives in c; with "chrono" slow units take over from fast ones;
 - time scale −1/⟨ln f⟩ of every unit: dots where theory is −1/ln σ(b). The input moves the pre-activation to both
   sides, and closing costs more than opening gains (ln σ is concave): units lie below the theory;
 - share along the memory: ⟨part, total⟩ / ‖total‖² of dL/dc (GRU: dL/dh) for a loss at the last step, where the part
@@ -29,9 +29,9 @@ from rnnlab import Recurrent, SequenceModel
 from rnnlab.datasets import sample
 from rnnlab.gradients import lag_profile
 from rnnlab.memory import gate_statistics, memory_path, survival
-from rnnlab.plots import PALETTE, banded_lines, caption, decades, panels
+from rnnlab.plots import PALETTE, banded_lines, caption, decades, dots, panels
 from rnnlab.study import Study
-from rnnlab.theory import forget_gate_rate
+from rnnlab.theory import forget_gate_rate, resting_gradient
 
 CELLS = {"lstm": "f", "gru": "z"}
 BIASES = ("0", "1", "2", "5", "chrono")
@@ -68,7 +68,9 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     frame = pd.concat(rows, ignore_index=True)
     if not chrono:
         rate = forget_gate_rate(float(point["bias"]))
-        frame["theory_decades"], frame["theory_steps"] = frame["lag_steps"] * rate / np.log(10), -1 / rate
+        frame["gate_decades"], frame["theory_steps"] = frame["lag_steps"] * rate / np.log(10), -1 / rate
+        resting = resting_gradient(point["cell"], 1.0, length, float(point["bias"])) / np.log(10)
+        frame["theory_decades"] = frame["lag_steps"].map(dict(enumerate(resting)))
     records: Any = frame.to_dict("records")
     result: list[dict[str, Any]] = records
     return result
@@ -84,16 +86,19 @@ def plot(frame: pd.DataFrame) -> Figure:
         band = {"y": "norm_decades", "low": "norm_low_decades", "high": "norm_high_decades"}
         survived, times, share, saturation = axes[4 * row : 4 * row + 4]
         banded_lines(survived, lines, style="state", dashes=dashes, **hue, **band)
-        theory = lines.pivot_table(index="lag_steps", columns="bias", values="theory_decades")
+        memories = lines[lines["state"] == next(iter(dashes))]
+        theory = memories.pivot_table(index="lag_steps", columns="bias", values="gate_decades")
         survived.plot(theory.index, theory, "k--", linewidth=0.8)
+        some = memories[memories["lag_steps"] % (memories["length"] // 10) == 0]
+        dots(survived, some, x="lag_steps", y="theory_decades", hue="bias", hue_order=BIASES)
         decades(survived, "lag [steps]", "what is left of a perturbation")
-        survived.set(title=f"{name}: survival (dashed black: theory)")
+        survived.set(title=f"{name}: survival (dots, dashed: theory)")
         banded_lines(
             share, here[here["kind"] == "share"], style="cell", dashes={cell: "-"}, **hue,
             y="share", low="share_low", high="share_high",
         )  # fmt: skip
         share.set(title=f"{name}: share along the memory", xlabel="lag [steps back from the loss]", ylabel="share")
-        share.set(ylim=(-0.5, 1.5), xscale="symlog")
+        share.set(ylim=(-0.5, 1.5), xscale="symlog", xlim=(0, here["length"].iloc[0]))
         keeps = gates[gates["gate"] == gate]
         for k, (colour, bias) in enumerate(zip(PALETTE, BIASES, strict=False)):
             units = keeps[keeps["bias"] == bias]

@@ -12,8 +12,8 @@ and in every direction. What to look for:
   there as with a single loss;
 - bidirectional: the reverse direction ends at t = 0, where it is read: each direction is short of the other's end, and
   together they favour both ends of the sequence over its middle;
-- stacked: a lower layer receives what comes down at every step, so that its curve is that of many losses, and the
-  decay of the top layer sets the pace of all;
+- stacked: a lower layer (solid) receives what comes down at every step on its way, and each layer more makes paths
+  more numerous: the curves lie higher and bend, and reach the slope of the top layer (dotted) late;
 - dL/dx: what of it arrives at the inputs.
 
 W_hh is orthogonal, W_ih Glorot's, biases 0 (LSTM: forget bias 1); inputs and targets are white noise; untrained.
@@ -43,7 +43,15 @@ ARRANGEMENTS: dict[str, tuple[str, int, bool, bool]] = {
     "stacked, many to one": ("many_to_one", 3, False, False),
 }
 PANELS = [name for name in ARRANGEMENTS if "teacher" not in name]
-DASHES = {"layer 1": "-", "layer 2": "--", "layer 3": ":", "reverse": "--", "decoder": "--", "teacher": "--"}
+DASHES = {
+    "layer 1": "-",
+    "layer 2": "--",
+    "layer 3": ":",
+    "forward": "-",
+    "reverse": "--",
+    "decoder": "--",
+    "teacher": "--",
+}
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
@@ -71,9 +79,9 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
             for k, dh in enumerate(found.h):
                 layer, reverse = divmod(k, rnn.directions)
                 curve = "decoder" if part == "decoder" else "teacher" if teacher else f"layer {layer + 1}"
-                # A reverse direction has read the last s elements in slot s.
-                norms = log_norm(dh)[::-1] if reverse else log_norm(dh)
-                samples.setdefault(("h", "reverse" if reverse else curve), []).append(norms)
+                curve = ("forward", "reverse")[reverse] if both else curve
+                # In slot s a reverse direction has read the last s elements.
+                samples.setdefault(("h", curve), []).append(log_norm(dh)[::-1] if reverse else log_norm(dh))
         samples.setdefault(("x", "layer 1"), []).append(log_norm(gradients.x))
     rows = []
     for (quantity, curve), columns in samples.items():
@@ -96,6 +104,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         dashes = {curve: dash for curve, dash in DASHES.items() if curve in set(here["curve"])}
         banded_lines(ax, here, style="curve", dashes=dashes, title="cell, part", **axis)
         decades(ax, "time t [steps]", "norm of dL/dh")
+        ax.sharey(axes[0])
         ax.set_title(name)
     axes[PANELS.index("encoder and decoder")].axvline(frame["steps"].iloc[0], color="k", linestyle=":", linewidth=1)
     inputs = frame[(frame["quantity"] == "x") & (frame["cell"] == "lstm") & (frame["step"] > 0)]
@@ -104,6 +113,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         **axis | {"hue": "arrangement", "hue_order": PANELS[2:]},
     )  # fmt: skip
     decades(axes[7], "time t [steps]", "norm of dL/dx")
+    axes[7].sharey(axes[0])
     axes[7].set_title("what reaches the inputs (LSTM)")
     text = (
         "untrained networks, H = {hidden_size}, {steps} inputs and outputs where there are many, white noise; mean "

@@ -17,16 +17,20 @@ def test_grid_covers_cells_and_biases():
 
 
 def test_rows_hold_theory_and_what_approaches_it():
-    """A memory that is held open by b = 5 decays, over 20 steps, as theory says up to what 8 units and an input add."""
-    frame = pd.DataFrame(memory.run({"cell": "lstm", "bias": "5"} | SMALL))
-    rate = forget_gate_rate(5.0)
+    """Theory is for infinitely many units at rest: 64 that an input drives come within a tenth of three decades."""
+    frame = pd.DataFrame(memory.run({"cell": "lstm", "bias": "0"} | SMALL | {"hidden_size": 64}))
     survived = frame[(frame["kind"] == "survival") & (frame["state"] == "c")]
-    np.testing.assert_allclose(survived["theory_decades"], np.arange(21) * rate / np.log(10), rtol=1e-12)
-    np.testing.assert_allclose(survived["norm_decades"], survived["theory_decades"], atol=0.3)
+    np.testing.assert_allclose(survived["gate_decades"], np.arange(21) * np.log10(0.5), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(survived["norm_decades"], survived["theory_decades"], rtol=0, atol=0.3)
+    assert survived["theory_decades"].iloc[-1] < -2.9
+
+
+def test_gate_that_is_held_open():
+    frame = pd.DataFrame(memory.run({"cell": "lstm", "bias": "5"} | SMALL))
     gates = frame[frame["kind"] == "gate"]
     assert len(gates) == 3 * 8 * 2
     scales = gates[gates["gate"] == "f"]["time_scale_steps"]
-    assert scales.median() == pytest.approx(-1 / rate, rel=0.4)
+    assert scales.median() == pytest.approx(-1 / forget_gate_rate(5.0), rel=0.4)  # an input moves it
     assert (gates[gates["gate"] == "f"]["open"] > 0.5).all()  # σ'(a) < 0.01 from a = 4.6 on
     share = frame[frame["kind"] == "share"]
     assert share["share"].iloc[0] == pytest.approx(1)
@@ -41,6 +45,6 @@ def test_figure_shows_both_cells():
     figure = memory.plot(pd.DataFrame(rows))
     titles = [ax.get_title() for ax in figure.axes]
     assert [title.split(":")[0] for title in titles] == ["LSTM"] * 4 + ["GRU"] * 4
-    assert len(figure.axes[0].get_lines()) == 5 * 2 + 4  # biases × (c, h), and theory where there is one
+    assert len(figure.axes[0].get_lines()) == 5 * 2 + 4 + 5  # biases × (c, h), the gate alone, dots
     assert "time" in titles[1]
     assert "networks" in figure.get_supxlabel()

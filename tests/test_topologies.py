@@ -22,7 +22,7 @@ def rows_of(arrangement, cell="gru"):
         ("many to one", {("h", "layer 1"): (0, 5), ("x", "layer 1"): (1, 5)}),
         ("many to many", {("h", "layer 1"): (0, 5), ("x", "layer 1"): (1, 5)}),
         ("encoder and decoder", {("h", "layer 1"): (0, 5), ("h", "decoder"): (5, 10), ("x", "layer 1"): (1, 5)}),
-        ("bidirectional, many to one", {("h", "layer 1"): (0, 5), ("h", "reverse"): (0, 5), ("x", "layer 1"): (1, 5)}),
+        ("bidirectional, many to one", {("h", "forward"): (0, 5), ("h", "reverse"): (0, 5), ("x", "layer 1"): (1, 5)}),
         (
             "stacked, many to one",
             {("h", "layer 1"): (0, 5), ("h", "layer 2"): (0, 5), ("h", "layer 3"): (0, 5), ("x", "layer 1"): (1, 5)},
@@ -40,7 +40,7 @@ def test_curves_stand_at_the_time_of_their_states(arrangement, spans):
 def test_a_reverse_direction_is_read_at_the_first_step():
     """Its gradient is largest there, as that of the forward direction is at the last."""
     frame = rows_of("bidirectional, many to one", "rnn_tanh")
-    forward, reverse = (frame[(frame["curve"] == name) & (frame["quantity"] == "h")] for name in ("layer 1", "reverse"))
+    forward, reverse = (frame[(frame["curve"] == name) & (frame["quantity"] == "h")] for name in ("forward", "reverse"))
     assert forward["norm_decades"].to_numpy().argmax() == 5
     assert reverse["norm_decades"].to_numpy().argmax() == 0
 
