@@ -38,7 +38,7 @@ GATED = {"lstm": "LSTM, spectrum of (h, c)", "gru": "GRU"}
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
-    sizes = ((64, 100, None), (128, 100, None)) if quick else ((128, 300, None), (512, 300, None), (1024, 1000, 1))
+    sizes = ((32, 100, None), (64, 100, None)) if quick else ((128, 300, None), (512, 300, None), (1024, 1000, 1))
     random = [("rnn_tanh", g, None, None, *size) for g in GAINS for size in sizes]
     size = (16, 200, None) if quick else (64, 2000, None)
     gated = [(cell, 1.0, bias, name, *size) for cell in GATED for bias in FORGET_BIASES for name in INPUTS]

@@ -127,15 +127,15 @@ def test_gated_cells_at_rest_decay_as_their_curve(cell, gain, bias, recurrent):
 
 
 def test_resting_rate_is_the_largest_lyapunov_exponent():
-    """Of 400 units the outermost eigenvalue is off by about 1/√400 of the disc's radius."""
+    """Of 96 eigenvalues on a circle one lies within 2π/96 of its rightmost point, where the modulus is 1e-3 less."""
     for cell in ("rnn_tanh", "lstm", "lstm_coupled", "gru", "gru_reset_before"):
-        net = rnnlab.Recurrent(cell, 1, 400, dtype="float64", seed=0)
+        net = rnnlab.Recurrent(cell, 1, 96, dtype="float64", seed=0)
         bias = {} if cell == "rnn_tanh" else {"forget_bias": 1.0}
         net.initialise("orthogonal", "zeros", "zeros", gain=0.9, **bias, seed=1)
-        rest = np.zeros((1, 1, 400))
+        rest = np.zeros((1, 1, 96))
         state = (rest, rest) if len(net.cell.states) == 2 else rest
         spectrum = lyapunov_spectrum(net, steps=200, transient=200, exponents=1, state=state)
-        assert spectrum.exponents[0] == pytest.approx(resting_rate(cell, 0.9, 1.0), abs=0.01)
+        assert spectrum.exponents[0] == pytest.approx(resting_rate(cell, 0.9, 1.0), abs=5e-3)
 
 
 def test_gradients_stay_below_the_bound_of_the_largest_singular_value():
