@@ -47,14 +47,14 @@ LENGTHS = {init: [20, 30, 40, 50, *([] if init == "sigmoid" else [100, 150, 200]
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
-    runs, updates, memory = (3, 1_500, 30) if quick else (5, 40_000, 100)
+    runs, updates, memory, budget = (3, 1_500, 30, 500) if quick else (5, 40_000, 100, 5_000)
     points = [
         ("temporal_order", init, method, length, updates)
         for init in INITS
         for method in METHODS
         for length in ([10, 20] if quick else LENGTHS[init])
     ]
-    points += [("adding_1997", init, "Adam + clipping", memory, updates // 8) for init in GATES]
+    points += [("adding_1997", init, "Adam + clipping", memory, budget) for init in GATES]
     names = ("task", "init", "method", "length", "updates")
     return [dict(zip(names, point, strict=True)) | {"runs": runs} for point in points]
 
@@ -133,7 +133,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     for level in (np.log(4), np.log(2)):
         axes[3].axhline(level, color="k", linestyle=":", linewidth=1)
     axes[3].set(title=f"loss, tanh, T = {length}, network 0", ylabel="mean loss since the last point [nats]")
-    axes[4].set(title="its gradient", ylabel="norm before clipping", yscale="log")
+    axes[4].set(title="its gradient, with that of Ω", ylabel="norm before clipping", yscale="log")
     for ax in axes[3:5]:
         ax.set(xlabel="updates", xscale="log")
         ax.legend(fontsize=8)
@@ -145,11 +145,12 @@ def plot(frame: pd.DataFrame) -> Figure:
     axes[5].set(xlabel="forget gate", ylabel="sequences seen", yscale="log")
     axes[5].set_title(f"adding problem by an LSTM, T = {adding['length'].iloc[0]}")
     axes[5].legend(fontsize=8)
+    ends_at = adding["updates"].iloc[0]
     setting = (
         "H = {H}, batches of {B}, SGD with learning rate {rate}, clipping at {top}, at most {updates} updates; "
-        "{runs} networks a point, 95 % Wilson intervals; LSTM: Adam with the same numbers, an eighth of the updates; "
+        "{runs} networks a point, 95 % Wilson intervals; LSTM: Adam with the same numbers, {budget} updates; "
         "{dtype}, seed {seed}"
-    ).format(H=HIDDEN, B=BATCH, rate=RATE, top=THRESHOLD, **frame.iloc[0])
+    ).format(H=HIDDEN, B=BATCH, rate=RATE, top=THRESHOLD, budget=ends_at, **frame.iloc[0])
     caption(figure, "Long memory by gradient descent, with clipping and with Ω", setting)
     return figure
 
