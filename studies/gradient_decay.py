@@ -9,14 +9,16 @@ the rate. What to look for:
 - the first lags are a transient: a random W_hh is not normal, and its largest singular value is about twice its
   spectral radius. Rates and half-lives are fitted after the first fifth, with a bootstrap interval over networks;
 - thin black: theory. For the RNN the mean field of a random W_hh driven by these very inputs (`tanh_gradient`), for GRU
-  and LSTM a random W_hh at rest (`resting_gradient`), as good as inputs are weak. Bands are what mean field leaves out;
+  and LSTM a random W_hh at rest (`resting_gradient`), as good as inputs are weak. What both leave out is of order 1/√H:
+  the band, and that long lags follow the largest eigenvalue that this very W_hh has;
 - dots mark the initial state of shorter sequences: they lie on the curve, for the lag matters and not the length;
 - inputs drive the units into saturation and the gates off their bias. PyTorch's default scales W_ih by the hidden size,
   so that one input hardly drives anything and the three lie upon each other; with a Glorot W_ih the slow swing of the
   temperatures saturates less than noise does, and an orthogonal RNN remembers half as long again;
 - ‖dc‖ and ‖dh‖ have different units: compare their slopes, not their heights;
 - "forget bias": with all weights zero the LSTM's memory decays by ln σ(b_f) a step (dashed: theory; dots: measured).
-  With random weights the gradient also takes the paths through h: it decays more slowly, and with b_f = 5 it grows;
+  With random weights the gradient also takes the paths through h: it decays more slowly, and with b_f = 5 it grows,
+  though less than theory at rest has it: a network that is unstable at rest leaves it and saturates;
 - "trained": after Adam has learned digits, pixel by pixel. That moves rates by more than any initialisation does;
 - horizon: the lag from which on all lags together hold under 1 % of the summed norms, and no say in an update.
 
@@ -132,6 +134,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     title = "LSTM: dL/dc by forget bias, white noise\n(dots, dashed: all weights zero, theory for that)"
     draw(axes[4], title, memory, exact, "forget_bias", FORGET_BIASES, ("uniform",))
     digits = curves[(curves["length"] == longest) & (curves["input"] == "digit_pixels") & (curves["state"] == "h")]
+    digits = digits[digits["initialiser"] != "orthogonal"]
     title = f"dL/dh on digits, before and after {frame['updates'].iloc[0]} updates"
     draw(axes[5], title, digits, digits[:0], "cell", CELLS, ("uniform", "trained"))
     fits = plain[(plain["kind"] == "decay") & (plain["length"] == longest)]

@@ -7,8 +7,9 @@ sequence (Tallec & Ollivier 2018). What to look for:
 - survival: what is left of a perturbation of c (solid) or of h (dashed) in the same state, a lag later: root mean
   square over directions, median and 10–90 % over networks and sequences. Dashed black is ln σ(b) a step, the gate's own
   forgetting, and theory for W_hh = 0; dots are theory for a random W_hh at rest (of dL/dc, its mirror image). What lies
-  above the dashed line lives on recurrent weights, and what rises is unstable. c and h have different units: in the
-  LSTM both end up parallel, for what is left of either lives in c; with "chrono" slow units take over from fast ones;
+  above the dashed line lives on recurrent weights, and what rises is unstable (dots far above: at rest it would be
+  more so, but the network leaves rest and saturates). c and h have different units: in the LSTM both end up parallel,
+  for what is left of either lives in c; with "chrono" slow units take over from fast ones;
 - time scale −1/⟨ln f⟩ of every unit: dots where theory is −1/ln σ(b). The input moves the pre-activation to both
   sides, and closing costs more than opening gains (ln σ is concave): units lie below the theory;
 - share along the memory: ⟨part, total⟩ / ‖total‖² of dL/dc (GRU: dL/dh) for a loss at the last step, where the part

@@ -37,11 +37,11 @@ def test_zero_weights_decay_as_theory_says(bias):
 
 
 def test_driven_tanh_network_decays_as_mean_field_says():
-    """A wide orthogonal network under noise. Log-norms of one network scatter by √(lag / 2H) = 0.17 decades."""
-    changes = {"cell": "rnn_tanh", "initialiser": "orthogonal", "hidden_size": 128, "networks": 4}
+    """A wide orthogonal network under noise. Log-norms of one network scatter by √(lag / 2H) = 0.2 decades."""
+    changes = {"cell": "rnn_tanh", "initialiser": "orthogonal", "hidden_size": 128, "networks": 4, "length": 60}
     frame = pd.DataFrame(gradient_decay.run(point(**changes)))
     curve = frame[frame["kind"] == "curve"]
-    assert curve["theory_decades"].iloc[-1] < -1
+    assert curve["theory_decades"].iloc[-1] < -1.4
     np.testing.assert_allclose(curve["norm_decades"], curve["theory_decades"], rtol=0, atol=0.25)
 
 
