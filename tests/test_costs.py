@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import rnnlab
 from rnnlab.cells import CELLS
-from rnnlab.costs import Shape, arithmetic, memory, parameters, roofline_seconds, traffic
+from rnnlab.costs import Shape, arithmetic, largest, layout, memory, parameters, roofline_seconds, traffic
+from rnnlab.model import TOPOLOGIES
 
 STACKED = {"num_layers": 2, "bidirectional": True}
 
@@ -80,3 +83,87 @@ def test_bad_shape_is_named(change, message):
         Shape(**({"cell": "lstm", "steps": 1, "batch": 1, "input_size": 1, "hidden_size": 1} | change))
     with pytest.raises(ValueError, match="scope must be one of forward, training, got 'both'"):
         arithmetic(Shape("lstm", 1, 1, 1, 1), "both")
+
+
+#: Cell, inputs, units, layers, both directions, and what Keras 3.15.1 counts with Dense(10) behind.
+KERAS = [
+    ("rnn_tanh", 1, 32, 1, False, 1418),
+    ("rnn_tanh", 12, 100, 2, False, 32410),
+    ("rnn_tanh", 7, 33, 2, True, 9976),
+    ("lstm", 1, 32, 1, False, 4682),
+    ("lstm", 12, 100, 2, False, 126610),
+    ("lstm", 7, 33, 2, True, 37894),
+    ("gru", 1, 32, 1, False, 3690),
+    ("gru", 12, 100, 2, False, 95810),
+    ("gru", 7, 33, 2, True, 28984),
+    ("gru_reset_before", 1, 32, 1, False, 3594),
+    ("gru_reset_before", 12, 100, 2, False, 95210),
+    ("gru_reset_before", 7, 33, 2, True, 28588),
+]
+
+
+@pytest.mark.parametrize(("cell", "inputs", "hidden", "layers", "both", "count"), KERAS)
+def test_parameters_are_those_of_keras(cell, inputs, hidden, layers, both, count):
+    shape = Shape(cell, 1, 1, inputs, hidden, layers, both, output_size=10)
+    assert parameters(shape, biases=1) + (hidden * 3 * len(shape.layers) if cell == "gru" else 0) == count
+
+
+@pytest.mark.parametrize(("cell", "inputs", "hidden", "layers", "both", "_"), KERAS[:9])
+def test_parameters_are_those_of_pytorch(cell, inputs, hidden, layers, both, _):
+    torch = pytest.importorskip("torch")
+    make = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell]
+    net = make(inputs, hidden, layers, bidirectional=both), torch.nn.Linear(hidden * (1 + both), 10)
+    count = sum(values.numel() for module in net for values in module.parameters())
+    assert parameters(Shape(cell, 1, 1, inputs, hidden, layers, both, output_size=10)) == count
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_layout_is_that_of_the_model(topology):
+    inputs, outputs = (3, 3) if topology == "one_to_many" else (4, 3)
+    model = rnnlab.SequenceModel(rnnlab.GRU(inputs, 5, 2), outputs, topology)
+    shapes = layout(topology, "gru", 7, 2, inputs, 5, outputs, 2)
+    assert sum(map(parameters, shapes)) == model.params.flat.size
+    predictions = {"one_to_one": 1, "many_to_one": 1}.get(topology, 7) * 2
+    cells = sum(map(arithmetic, (Shape("gru", s.steps, 2, s.input_size, 5, 2) for s in shapes)))
+    assert sum(map(arithmetic, shapes)) == cells + 3 * 2 * 3 * 5 * predictions
+    assert shapes[0].steps == (1 if topology == "one_to_one" else 7)
+
+
+def test_readout_by_hand():
+    shape = Shape("rnn_tanh", 7, 3, 4, 5, output_size=2)
+    plain, weights = Shape("rnn_tanh", 7, 3, 4, 5), 2 * (5 + 1)
+    assert traffic(shape, "forward") - traffic(plain, "forward") == 4 * (weights + 3 * 2)
+    assert traffic(shape) - traffic(plain) == 4 * (3 * weights + 2 * 3 * 2)
+    forward = memory(plain, scope="forward")
+    assert forward.parameters == 4 * parameters(plain)
+    assert forward.kept == 4 * 8 * 3 * 5  # the states of all steps and the first
+    with pytest.raises(ValueError, match="output_size must be an integer of at least 1, got -1"):
+        Shape("lstm", 1, 1, 1, 1, output_size=-1)
+
+
+@given(st.integers(1, 10**7), st.sampled_from(list(CELLS)), st.integers(1, 40), st.sampled_from([1, 16]))
+def test_largest_meets_the_budget_or_is_next_below(budget, cell, inputs, step):
+    def cost(hidden):
+        return parameters(Shape(cell, 1, 1, inputs, hidden, 2, output_size=3))
+
+    if cost(step) > budget:
+        with pytest.raises(ValueError, match=f"budget must be at least .* of {step} hidden units, got"):
+            largest(cost, budget, step)
+    else:
+        hidden = largest(cost, budget, step)
+        assert hidden % step == 0
+        assert cost(hidden) <= budget < cost(hidden + step)
+        assert largest(cost, cost(hidden), step) == hidden
+
+
+def test_largest_ends():
+    assert largest(float, 100.5, most=100) == 100
+    assert largest(float, 1e9, most=100) == 100
+    assert largest(float, 1e9, step=16, most=100) == 96
+
+
+def test_bad_layout_is_named():
+    with pytest.raises(ValueError, match=r"topology must be one of one_to_one, .* got 'some'"):
+        layout("some", "gru", 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="output_size must equal the input_size 2 for one_to_many, got 3"):
+        layout("one_to_many", "gru", 1, 1, 2, 1, 3)
