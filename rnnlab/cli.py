@@ -147,5 +147,59 @@ def compare(
         sys.exit(1)
 
 
+@main.command()
+@click.option("--task-like", default="many_to_one", show_default=True, help="A topology of rnnlab.SequenceModel.")
+@click.option("--length", type=click.IntRange(min=1), required=True, help="Steps of a sequence.")
+@click.option("--inputs", type=click.IntRange(min=1), required=True, help="Numbers that come in at each step.")
+@click.option("--outputs", type=click.IntRange(min=1), default=1, show_default=True, help="Numbers or classes.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
+@click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), help="Time that a batch may take.")
+@click.option("--params", type=click.IntRange(min=1), help="Parameters that the model may have.")
+@click.option("--scope", type=click.Choice(["forward", "training"]), default="forward", show_default=True)
+@click.option("--cells", default="rnn_tanh,lstm,gru", show_default=True, callback=_names("cells", "CELLS"))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the table.")
+def choose(
+    task_like: str,
+    length: int,
+    inputs: int,
+    outputs: int,
+    batch: int,
+    layers: int,
+    budget_ms: float | None,
+    params: int | None,
+    scope: str,
+    cells: tuple[str, ...],
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Rank cells and their sizes for a kind of task and a budget: --budget-ms or --params.
+
+    Parameters and memory are counted, times measured on this machine for a batch of sequences: its prediction, or in
+    scope training its loss and gradients. Exit 2: usage, or a budget that is too small; 3: the device is not there.
+    """
+    from . import choose as choosing
+    from .kernels import DeviceNotAvailable
+    from .study import provenance
+
+    try:
+        job = choosing.Job(task_like, length, inputs, outputs, batch, layers, scope, dtype, device)
+        seconds = None if budget_ms is None else 1e-3 * budget_ms
+        frame = choosing.choose(job, cells, most_parameters=params, most_seconds=seconds)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except DeviceNotAvailable as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(3)
+    if as_json:
+        rows = json.loads(frame.to_json(orient="records"))
+        click.echo(json.dumps({"rows": rows, "environment": provenance()}))
+    else:
+        click.echo(choosing.words(job, frame))
+
+
 if __name__ == "__main__":
     main()
