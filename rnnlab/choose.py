@@ -71,7 +71,8 @@ class Job:
         """Return the time of a batch on this machine: measured, and where that would take long, of shorter sequences.
 
         Time is a constant and so much a step: two sequences, one half as long as the other, give the line to follow.
-        Whatever a busy machine makes of them, the constant is between nothing and half of the longer one's time.
+        Lower quartiles count, and the constant is between nothing and half of the longer one's time, whatever else the
+        machine is doing.
         """
         length = 1 if self.topology == "one_to_one" else self.length
         model, first = self.model(cell, hidden_size), min(SHORTEST, length)
@@ -79,7 +80,7 @@ class Job:
         probe()  # compiled, and its memory taken
         steps = min(length, max(2 * first, int(first * LONG_ENOUGH / wall_clock(probe))))
         calls = {str(n): self.call(model, n) for n in ((steps,) if steps == length else (steps // 2, steps))}
-        less, *more = (float(np.median(times)) for times in interleave(calls, seconds=0.1, pause=0).values())
+        less, *more = (float(np.quantile(times, 0.25)) for times in interleave(calls, seconds=0.1, pause=0).values())
         if not more:
             return less
         step = np.clip((more[0] - less) / (steps - steps // 2), 0.5 * more[0] / steps, more[0] / steps)
@@ -150,6 +151,7 @@ def words(job: Job, frame: pd.DataFrame) -> str:
     )
     best = frame.iloc[0]
     work = "a prediction" if job.scope == "forward" else "a loss with its gradients"
+    batch = "one sequence" if job.batch == 1 else f"{job.batch} sequences"
     quality = (
         "No study of rnnlab has measured yet which cell is better at such tasks: the order says nothing of quality."
         if frame["skill"].isna().all()
@@ -161,6 +163,6 @@ def words(job: Job, frame: pd.DataFrame) -> str:
     )
     return (
         f"{shown.to_string(index=False)}\n\nFirst comes {best['cell']} with {best['hidden_size']} hidden units: "
-        f"{best['parameters']:,} parameters; {work} for {job.batch} sequences of {job.length} steps takes "
+        f"{best['parameters']:,} parameters; {work} for {batch} of {job.length} steps takes "
         f"{best['milliseconds']:.3g} ms on this machine.\n{quality}"
     )

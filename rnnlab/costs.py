@@ -73,6 +73,11 @@ class Shape:
         ]
 
 
+def _saved(cell: Cell) -> int:
+    """Return the numbers a unit and step that BPTT keeps: of a first phase also the two it saves, and r ∘ h."""
+    return cell.saved + (3 if cell.reset else 0)
+
+
 def parameters(shape: Shape, biases: Literal[0, 1, 2] = 2) -> int:
     """Return the exact number of parameters.
 
@@ -102,7 +107,7 @@ def traffic(shape: Shape, scope: str = "training", dtype: DTypeLike = "float32")
     """Return the bytes that have to move at least: every input read once, every result written once.
 
     Forward: the weights and x in, the output (and predictions) out. Training: x and the weights are read twice,
-    dL/doutput once; what the backward needs (the states and `Cell.saved` numbers a unit and step) is written and read;
+    dL/doutput once; what the backward needs (the states and what a cell saves of a unit and step) is written and read;
     all gradients are written.
     """
     check_choice("scope", scope, SCOPES)
@@ -116,7 +121,7 @@ def traffic(shape: Shape, scope: str = "training", dtype: DTypeLike = "float32")
         if scope == "forward":
             numbers += weights + rows * (inputs + H)
         else:
-            kept = rows * H * (len(cell.states) + cell.saved)
+            kept = rows * H * (len(cell.states) + _saved(cell))
             numbers += 3 * weights + rows * (3 * inputs + 2 * H) + 2 * kept
     return numbers * np.dtype(dtype).itemsize
 
@@ -153,7 +158,7 @@ def memory(
     kept = 0
     for cell, _ in shape.layers:
         states = len(cell.states) * B * H
-        saved = cell.saved * B * H if training else 0
+        saved = _saved(cell) * B * H if training else 0
         kept += min(every, T) * (states + saved) + (segments * states if checkpoint else states)
     item = np.dtype(dtype).itemsize
     return Bytes((1 + training) * parameters(shape) * item, kept * item)

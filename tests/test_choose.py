@@ -104,7 +104,9 @@ def test_command_prints_a_ranked_table(law):
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["cell", "hidden_size", "parameters", "milliseconds", "megabytes"]
     assert [line.split()[0] for line in lines[1:4]] == ["rnn_tanh", "gru", "lstm"]
-    assert "First comes rnn_tanh with 308 hidden units: 99,485 parameters; a prediction for 1" in result.stdout
+    assert (
+        "First comes rnn_tanh with 308 hidden units: 99,485 parameters; a prediction for one sequence" in result.stdout
+    )
     assert "No study of rnnlab has measured yet which cell is better" in result.stdout
     found = json.loads(CliRunner().invoke(main, [*WORDS, "--budget-ms", "101", "--json"]).stdout)
     assert [row["cell"] for row in found["rows"]] == ["rnn_tanh", "gru", "lstm"]

@@ -46,12 +46,12 @@ def test_traffic_by_hand():
     assert traffic(shape, "training", "float64") == 8 * (3 * weights + 21 * (3 * 4 + 2 * 5) + 2 * 21 * 5 * 2)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
 def test_memory_is_what_a_trace_keeps(cell):
     shape = Shape(cell, 11, 3, 4, 16, **STACKED)  # 16: whole registers, none of it padding
     net = rnnlab.Recurrent(cell, 4, 16, dtype="float64", **STACKED)
     trace = net.forward(np.zeros((11, 3, 4)))
-    kept = sum(layer.state.nbytes + layer.saved.nbytes for layer in trace.layers)
+    kept = sum(layer.state.nbytes + layer.saved.nbytes + layer.reset_h.nbytes for layer in trace.layers)
     assert memory(shape, "float64").kept == kept
     assert memory(shape, "float64").parameters == 2 * net.params.flat.nbytes
 
