@@ -1,8 +1,10 @@
 """Sequence kernels: one file a device, the same few functions in each.
 
-`backend(device)` returns the module that computes there: `kernels.cpu` (Numba `@njit`).
+`backend(device)` returns the module that computes there: `kernels.cpu` (Numba `@njit`), `kernels.cuda` (`@cuda.jit`).
 """
 
+import importlib.util
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,8 +43,24 @@ def backend(device: str) -> ModuleType:
 
         return cpu
     if device == "cuda":
-        raise DeviceNotAvailable("device 'cuda' cannot be used: this version of rnnlab has kernels for the CPU only")
+        if reason := _no_cuda():
+            raise DeviceNotAvailable(f"device 'cuda' cannot be used: {reason}")
+        from . import cuda
+
+        return cuda
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+@cache
+def _no_cuda() -> str | None:
+    """Return why there are no kernels for the GPU here, or None. Numba's simulator needs neither GPU nor CuPy."""
+    simulated = bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
+    needed = ("numba_cuda",) if simulated else ("numba_cuda", "cupy")
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        return f"{' and '.join(missing)} not installed, see pip install 'rnnlab[cuda]'"
+    from numba import cuda
+
+    return None if simulated or cuda.is_available() else "Numba finds no GPU or no driver"
 
 
 def threads() -> int:

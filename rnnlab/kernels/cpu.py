@@ -743,10 +743,12 @@ def prepare_backward(
     return call, LayerGradients(into, dx, d_state, d_output, None, None)
 
 
-def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:
+def direct(
+    cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array, through: Any = backward
+) -> LayerGradients:
     """Backpropagate d_output (T, B, H) through one step only: each step stands as a sequence of its own.
 
-    Returns gradients of T·B sequences of one step, scaled: state (S, 2, T·B, H), x (1, T·B, I), exponent (2, T·B).
+    `through` is the `backward` that does it. Returns gradients of T·B sequences of one step, scaled: state (S, 2, T·B, H), x (1, T·B, I), exponent (2, T·B).
     """
     T, B, H = d_output.shape
 
@@ -754,11 +756,13 @@ def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array
         return values.reshape(1, T * B, -1) if values.size else values
 
     running = (np.arange(T)[:, None] < trace.lengths).reshape(-1).astype(np.int64)
-    saved = trace.saved.swapaxes(0, 1)
-    saved = np.ascontiguousarray(saved).reshape(1, saved.shape[0], T * B, *saved.shape[3:])
+    saved = trace.saved.swapaxes(0, 1).reshape(1, trace.saved.shape[1], T * B, *trace.saved.shape[3:])
     alone = trace._replace(x=one_step(trace.x), saved=saved, reset_h=one_step(trace.reset_h), lengths=running)
     nothing = np.zeros((len(cell.states), T * B, H), d_output.dtype)
-    return backward(cell, alone, weights, one_step(d_output), nothing, np.zeros((1, T * B), np.int64))
+    gradients: LayerGradients = through(
+        cell, alone, weights, one_step(d_output), nothing, np.zeros((1, T * B), np.int64)
+    )
+    return gradients
 
 
 class Diagonals(NamedTuple):

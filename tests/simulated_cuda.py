@@ -1,0 +1,122 @@
+"""The CUDA kernels in the simulator, against the textbook. Run by `test_kernels_cuda`, in a process of its own."""
+
+import contextlib
+
+import gpu_simulator
+import naive
+import numpy as np
+import pytest
+from conftest import TOLERANCE, random_network, random_state, relative_error
+from test_kernels_cpu import worst
+
+from rnnlab import CELLS
+from rnnlab.kernels import cuda
+from rnnlab.kernels.plan import Chip, plan
+from rnnlab.kernels.ptx import SIMULATED
+from rnnlab.peers import DTYPES
+
+assert SIMULATED
+gpu_simulator.install()
+
+#: Options of the planner that make tiny problems span several blocks, tiles and slices of the batch.
+LAYOUTS = {
+    "one block": {"tiers": "A", "blocks": (1,), "threads": (8,)},
+    "cluster": {"tiers": "A", "blocks": (3,), "threads": (4,), "chip": Chip((9, 0), 6, 6000)},
+    "grid": {"tiers": "B", "blocks": (2,), "threads": (6,)},
+    "streams": {"tiers": "C", "blocks": (2,), "threads": (10,)},
+}
+
+
+def full_chip(*problem, **options):
+    """A chip that has no register for a weight, and room in shared memory for some of them, but not for all."""
+    for shared in range(64, 20_000, 64):
+        chip = Chip((9, 0), 2, shared, 0)
+        with contextlib.suppress(ValueError):
+            made = plan(*problem, chip=chip, **options)
+            if any(product.kept for product in made.products):
+                return chip
+    raise AssertionError(f"{problem} fits none")
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    """A function that fixes the plans to come, and the list of those that were made."""
+    made = []
+
+    def choose(name):
+        def narrowed(cell, dtype, B, H, backward, chip):
+            if name == "streams":
+                chip = full_chip(cell, dtype, B, H, backward, **LAYOUTS["streams"])
+            made.append(plan(cell, dtype, B, H, backward, **({"chip": chip} | LAYOUTS[name])))
+            return made[-1]
+
+        monkeypatch.setattr(cuda, "plan", narrowed)
+        return made
+
+    return choose
+
+
+def both(cell, T, B, H, dtype="float32", lengths=None, arithmetic=None, seed=0):
+    """What the kernels and the textbook make of one layer, as {name: (got, exact)}."""
+    net, params = random_network(cell, 3, H, dtype=dtype, scale=H**-0.5, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    x, state = rng.normal(size=(T, B, 3)).astype(dtype), random_state(rng, net, B)
+    d_output, d_final = rng.normal(size=(T, B, H)).astype(dtype), random_state(rng, net, B)
+    steps = np.full(B, T) if lengths is None else np.array(lengths)
+    stacked = [net.stack_state("state", s, B)[:, 0] for s in (state, d_final)]
+    trace = cuda.forward(net.cell, x, net.weights(0), stacked[0], steps, True, arithmetic)
+    gradients = cuda.backward(net.cell, trace, net.weights(0), d_output, stacked[1], arithmetic=arithmetic)
+    exact = naive.forward(cell, params, x, state, steps)
+    slopes = naive.backward(exact, d_output, d_final)
+    pairs = {"h": (trace.state[0], exact.h[0]), "dh": (gradients.state[0], slopes.h[0]), "dx": (gradients.x, slopes.x)}
+    if len(trace.state) > 1:
+        pairs |= {"c": (trace.state[1], exact.c[0]), "dc": (gradients.state[1], slopes.c[0])}
+    names = [name.removesuffix("_l0") for name in net.params]
+    pairs |= {f"d {n}": (getattr(gradients.weights, n), slopes.params[f"{n}_l0"]) for n in names}
+    return pairs
+
+
+def worst_of(pairs):
+    return worst({name: relative_error(*pair) for name, pair in pairs.items()})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_float32_equals_the_textbook(cell, name, layout):
+    made = layout(name)
+    T = 4
+    found = worst_of(both(cell, T, 3, 17 if name == "streams" else 5, lengths=[4, 2, 3]))
+    # 8: the roundings of one step, see test_kernels_cpu.
+    assert found[1] <= 8 * np.finfo(np.float32).eps * np.sqrt(T), found
+    assert {one.tier for one in made} <= set(LAYOUTS[name]["tiers"])
+
+
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 1), (1, 3, 5), (2, 1, 7), (5, 7, 3)])
+@pytest.mark.parametrize("name", ["cluster", "grid"])
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru_reset_before"])
+def test_float64_equals_the_textbook_in_small_and_odd_shapes(cell, name, T, B, H, layout):
+    layout(name)
+    found = worst_of(both(cell, T, B, H, "float64", seed=2))
+    assert found[1] <= TOLERANCE, found
+
+
+#: One warp and two; 20 sequences are two blocks of columns of a tensor core and a part of one.
+TENSOR = [("A", 1, 64, 3, 13), ("A", 2, 32, 20, 13), ("B", 2, 64, 9, 13)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "arithmetic", "tiers", "blocks", "threads", "B", "H"),
+    [("lstm", arithmetic, *layout) for arithmetic in ("tf32", "bf16", "fp16") for layout in TENSOR]
+    + [("gru_reset_before", "bf16", *TENSOR[0]), ("lstm", "bf16", "C", 2, 32, 3, 33)],
+)
+def test_tensor_cores_equal_the_textbook(cell, arithmetic, tiers, blocks, threads, B, H, monkeypatch):
+    def narrowed(*problem):
+        options = {"tiers": tiers, "blocks": (blocks,), "threads": (threads,)}
+        chip = Chip((9, 0), 4, 40_000) if tiers != "C" else full_chip(*problem[:-1], **options)
+        return plan(*problem[:-1], chip=chip, **options)
+
+    monkeypatch.setattr(cuda, "plan", narrowed)
+    T = 2
+    found = worst_of(both(cell, T, B, H, arithmetic=arithmetic, seed=4))
+    # 12: the weights, the vector, x, dL/da and h are rounded to unit u, for T steps and four gates.
+    assert found[1] <= 12 * DTYPES[arithmetic] * np.sqrt(T), found
