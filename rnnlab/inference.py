@@ -22,10 +22,12 @@ class Inference:
     of `Recurrent.forward(x, state, keep=False)` to the last bit. Weights are those at the time of preparation: changes
     of `net.params` show in another one. It works in memory that it keeps: one thread may call it at a time.
 
-    Raises ValueError for sizes below 1.
+    Raises ValueError for sizes below 1 and a network on a GPU.
     """
 
     def __init__(self, net: Recurrent, steps: int, batch: int) -> None:
+        if net.device != "cpu":
+            raise ValueError(f"net must be on the CPU, got {net!r}")
         self.net, self.steps, self.batch = net, check_positive("steps", steps), check_positive("batch", batch)
         S, T, B, lengths = len(net.cell.states), self.steps, self.batch, np.full(self.batch, self.steps)
         start, self._calls = np.zeros((S, B, net.hidden_size), net.dtype), []

@@ -92,6 +92,7 @@ class SequenceModel:
                 bias=rnn.bias,
                 dropout=rnn.dropout,
                 dtype=rnn.dtype,
+                device=rnn.device,
                 seed=int(generator(seed, "decoder").integers(2**63)),
             )
         features = rnn.hidden_size * rnn.directions

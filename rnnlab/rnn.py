@@ -19,7 +19,7 @@ from .checks import (
     check_positive,
     generator,
 )
-from .kernels import LayerGradients, LayerTrace, LayerWeights, backend
+from .kernels import DEVICES, LayerGradients, LayerTrace, LayerWeights, backend
 from .params import Params
 
 __all__ = ["GRU", "LSTM", "RNN", "Checkpoints", "Gradients", "Recurrent", "Trace"]
@@ -82,7 +82,10 @@ class Recurrent:
     are dropped in training. `params` maps PyTorch's names (`weight_ih_l0`, `bias_hh_l1_reverse`, …; `peephole_l0` for
     the peephole LSTM) to arrays. Weights start from PyTorch's uniform distribution, drawn from `seed`.
 
-    Raises ValueError for an unknown cell or dtype, a size below 1 or a dropout outside [0, 1).
+    `device` is where it is computed; parameters, inputs and results are NumPy arrays on either.
+
+    Raises ValueError for an unknown cell, dtype or device, a size below 1 or a dropout outside [0, 1), and
+    `kernels.DeviceNotAvailable` for a device that cannot be used here.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Recurrent:
         bidirectional: bool = False,
         dropout: float = 0.0,
         dtype: DTypeLike = "float32",
+        device: str = "cpu",
         seed: int | None = None,
     ) -> None:
         self.cell = CELLS[check_choice("cell", cell, CELLS)]
@@ -105,6 +109,8 @@ class Recurrent:
         self.bias, self.bidirectional = check_flag("bias", bias), check_flag("bidirectional", bidirectional)
         self.dropout = check_number("dropout", dropout, 0, 1)
         self.dtype = check_dtype("dtype", dtype)
+        self.device = check_choice("device", device, DEVICES)
+        backend(device)
         self.directions = 2 if bidirectional else 1
         self._names: list[dict[str, str]] = []
         shapes: dict[str, tuple[int, ...]] = {}
@@ -120,9 +126,10 @@ class Recurrent:
         self.initialise(seed=seed)
 
     def __repr__(self) -> str:
+        device = "" if self.device == "cpu" else f", device={self.device!r}"
         return (
             f"Recurrent({self.cell.name!r}, {self.input_size}, {self.hidden_size}, {self.num_layers}, "
-            f"bias={self.bias}, bidirectional={self.bidirectional}, dropout={self.dropout}, dtype={self.dtype.name!r})"
+            f"bias={self.bias}, bidirectional={self.bidirectional}, dropout={self.dropout}, dtype={self.dtype.name!r}{device})"
         )
 
     def initialise(
@@ -202,7 +209,7 @@ class Recurrent:
                 k = layer * self.directions + direction
                 source = _reverse(output, steps) if direction else output
                 weights = self.weights(k)
-                trace = backend("cpu").forward(self.cell, source, weights, initial[:, k], steps, keep)
+                trace = backend(self.device).forward(self.cell, source, weights, initial[:, k], steps, keep)
                 layers.append(trace)
                 h = trace.state[0, 1:]
                 if steps.min() < T:
@@ -260,6 +267,8 @@ class Recurrent:
         are arrays of zeros for dL/d weights. `clip` is a `kernels.cpu.Clip`, which clips the adjoint at every step.
         Nothing is checked: `gradients` and gradient analysis stand on this.
         """
+        if clip and self.device != "cpu":
+            raise ValueError(f"clipping within BPTT needs a network on the CPU, got {self!r}")
         T, B, _ = trace.output.shape
         d_last = self.stack_state("d_final", None, B) if d_final is None else _stack(d_final)
         exponent = np.zeros((T, B), np.int64) if scaled else None
@@ -274,14 +283,10 @@ class Recurrent:
                 if direction:
                     upstream = _reverse(upstream, trace.lengths)
                     upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
-                received = (
-                    upstream,
-                    d_last[:, k],
-                    upstream_exponent,
-                    into[k] if into else None,
-                    *([clip] if clip else []),
-                )
-                pair.append(backend("cpu").backward(self.cell, trace.layers[k], self.weights(k), *received))
+                received = upstream, d_last[:, k], upstream_exponent, into[k] if into else None
+                options = {"clip": clip} if clip else {}
+                layer_of = self.cell, trace.layers[k], self.weights(k)
+                pair.append(backend(self.device).backward(*layer_of, *received, **options))
             gradients[:0] = pair
             d_output, exponent = _sum_directions(pair, trace.lengths)
             mask = trace.masks[layer]
@@ -301,7 +306,8 @@ class Recurrent:
         """Run the network as `forward` does, keeping the states of every so many steps only, for `recompute`.
 
         `every` is that number of steps, "sqrt" for ⌈√T⌉ (Chen et al. 2016, sec. 3); it is rounded up to what the
-        kernels take at a time, so that gradients are those of `backward` to the last bit. `outputs` are kept or not.
+        kernels take at a time, so that gradients are those of `backward` to the last bit (but for rounding on a GPU, which
+        sums over all steps at once). `outputs` are kept or not.
 
         Raises as `forward`, and ValueError for a bidirectional network, whose reverse direction begins at the end.
         """
@@ -310,7 +316,7 @@ class Recurrent:
         x, initial, steps = self._check_inputs(x, state, lengths)
         T, B, _ = x.shape
         wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_positive("every", every)
-        chunk = backend("cpu").chunk_steps(B)
+        chunk = backend(self.device).chunk_steps(B)
         stride = -(-wanted // chunk) * chunk
         states, output = [initial], np.empty((T if outputs else 0, B, self.hidden_size), x.dtype)
         for start in range(0, T, stride):
@@ -359,7 +365,7 @@ class Recurrent:
         T, B, _ = trace.output.shape
         single = []
         for k, layer in enumerate(layers):
-            one = backend("cpu").direct(self.cell, trace.layers[k], self.weights(k), layer.direct)
+            one = backend(self.device).direct(self.cell, trace.layers[k], self.weights(k), layer.direct)
             assert layer.direct_exponent is not None
             single.append(one._replace(exponent=one.exponent + layer.direct_exponent.reshape(-1)))
         # Slot 0 of the exponents is not read: dL/dx of step t has that of slot t + 1.
@@ -381,7 +387,7 @@ class Recurrent:
         T = trace.output.shape[0]
         if not all(isinstance(i, int) and 0 <= i < n for i, n in ((t, T), (k, len(trace.layers)))):
             raise ValueError(f"t must lie in 0…{T - 1} and k in 0…{len(trace.layers) - 1}, got t={t}, k={k}")
-        jacobian: Array = backend("cpu").jacobian(self.cell, trace.layers[k], self.weights(k), t)
+        jacobian: Array = backend(self.device).jacobian(self.cell, trace.layers[k], self.weights(k), t)
         return jacobian
 
     def _check_trace(self, trace: Trace) -> None:
@@ -475,11 +481,12 @@ class RNN(Recurrent):
         bidirectional: bool = False,
         dropout: float = 0.0,
         dtype: DTypeLike = "float32",
+        device: str = "cpu",
         seed: int | None = None,
     ) -> None:
         cell = "rnn_" + check_choice("nonlinearity", nonlinearity, ("tanh", "relu", "sigmoid"))
         options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
-        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)
+        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, device=device, seed=seed)
 
 
 class LSTM(Recurrent):
@@ -495,10 +502,11 @@ class LSTM(Recurrent):
         bidirectional: bool = False,
         dropout: float = 0.0,
         dtype: DTypeLike = "float32",
+        device: str = "cpu",
         seed: int | None = None,
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
-        super().__init__("lstm", input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)
+        super().__init__("lstm", input_size, hidden_size, num_layers, **options, dtype=dtype, device=device, seed=seed)
 
 
 class GRU(Recurrent):
@@ -518,8 +526,9 @@ class GRU(Recurrent):
         reset_after: bool = True,
         dropout: float = 0.0,
         dtype: DTypeLike = "float32",
+        device: str = "cpu",
         seed: int | None = None,
     ) -> None:
         cell = "gru" if check_flag("reset_after", reset_after) else "gru_reset_before"
         options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional, "dropout": dropout}
-        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, seed=seed)
+        super().__init__(cell, input_size, hidden_size, num_layers, **options, dtype=dtype, device=device, seed=seed)

@@ -57,8 +57,8 @@ class TrainingStep:
     gradient is not finite nothing moves. All memory is taken once, for `steps` steps of a batch of `batch`; several of
     these, each with a model of its own, run side by side in threads.
 
-    Raises ValueError for a model of several layers, of both directions, with dropout or of a topology that reads its
-    own outputs, and for `omega` with another cell or with a rule that acts within BPTT.
+    Raises ValueError for a model of several layers, of both directions, with dropout, on a GPU or of a topology that
+    reads its own outputs, and for `omega` with another cell or with a rule that acts within BPTT.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class TrainingStep:
                 f"model must have one layer in one direction, no dropout and inputs that are given, "
                 f"got {model.topology} of {net!r}"
             )
+        if net.device != "cpu":
+            raise ValueError(f"model must be on the CPU, got {net!r}")
         self.steps, self.batch = check_positive("steps", steps), check_positive("batch", batch)
         if model.topology == "one_to_one" and steps != 1:
             raise ValueError(f"steps must be 1 for topology one_to_one, got {steps}")

@@ -99,7 +99,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 def build(point: dict[str, Any], seed: int) -> SequenceModel:
     _, outputs, loss = SAMPLERS[point["input"]]
-    rnn = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"])
+    rnn = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"], device=point["device"])
     rnn.initialise(*INITIALISERS[point["initialiser"]][0], forget_bias=point["forget_bias"], seed=seed)
     model = SequenceModel(rnn, outputs, "many_to_one", loss, seed=seed)
     if point["initialiser"] == "trained":

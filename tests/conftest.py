@@ -40,6 +40,7 @@ def random_network(
     bias=True,
     dropout=0.0,
     dtype="float64",
+    device="cpu",
     scale=0.5,
     seed=0,
 ):
@@ -53,6 +54,7 @@ def random_network(
         bidirectional=bidirectional,
         dropout=dropout,
         dtype=dtype,
+        device=device,
         seed=seed,
     )
     rng = np.random.default_rng(seed)

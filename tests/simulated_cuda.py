@@ -9,7 +9,7 @@ import pytest
 from conftest import TOLERANCE, random_network, random_state, relative_error
 from test_kernels_cpu import worst
 
-from rnnlab import CELLS
+from rnnlab import CELLS, Inference, Recurrent, SequenceModel, TrainingStep, gradient_flow
 from rnnlab.kernels import cuda
 from rnnlab.kernels.plan import Chip, plan
 from rnnlab.kernels.ptx import SIMULATED
@@ -120,3 +120,81 @@ def test_tensor_cores_equal_the_textbook(cell, arithmetic, tiers, blocks, thread
     found = worst_of(both(cell, T, B, H, arithmetic=arithmetic, seed=4))
     # 12: the weights, the vector, x, dL/da and h are rounded to unit u, for T steps and four gates.
     assert found[1] <= 12 * DTYPES[arithmetic] * np.sqrt(T), found
+
+
+def on_both(cell, **options):
+    """The same network on either device."""
+    return [random_network(cell, 3, 5, **options, seed=5)[0] for options in (options, options | {"device": "cuda"})]
+
+
+@pytest.mark.parametrize(("cell", "name"), [("lstm", "cluster"), ("gru_reset_before", "grid")])
+def test_networks_give_the_same_on_either_device(cell, name, layout):
+    layout(name)
+    nets, rng = on_both(cell, num_layers=2, bidirectional=True), np.random.default_rng(6)
+    x, d_output = rng.normal(size=(4, 3, 3)), rng.normal(size=(4, 3, 10))
+    traces = [net.forward(x, lengths=[3, 1, 4]) for net in nets]
+    plain = [net.backward(trace, d_output) for net, trace in zip(nets, traces, strict=True)]
+    assert relative_error(traces[1].output, traces[0].output) <= TOLERANCE
+    assert relative_error(plain[1].params.flat, plain[0].params.flat) <= TOLERANCE
+    for k in range(4):
+        assert relative_error(plain[1].h[k], plain[0].h[k]) <= TOLERANCE
+        args = zip(nets, traces, strict=True)
+        one, other = (net.jacobian(trace, 2, k) for net, trace in args)
+        assert relative_error(other, one) <= TOLERANCE
+    lean = nets[1].forward(x, lengths=[3, 1, 4], keep=False)
+    np.testing.assert_array_equal(lean.output, traces[1].output)
+
+
+@pytest.mark.parametrize(("cell", "name"), [("lstm", "cluster"), ("lstm", "grid"), ("gru_reset_before", "grid")])
+def test_scaled_adjoint_and_its_direct_part_equal_those_of_the_cpu(cell, name, layout):
+    layout(name)
+    nets, rng = on_both(cell, num_layers=2), np.random.default_rng(7)
+    x, d_output = rng.normal(size=(5, 3, 3)), rng.normal(size=(5, 3, 5))
+    d_output[:, 1] *= 1e-200
+    found = []
+    for net in nets:
+        trace = net.forward(x, lengths=[5, 3, 4])
+        layers, dx, exponent = net.backpropagate(trace, d_output, scaled=True)
+        single, direct_dx, direct_exponent = net.direct(trace, layers)
+        arrays = [(layer.state, layer.exponent[:, :, None]) for layer in (*layers, *single)]
+        arrays += [(dx, exponent[:, :, None]), (direct_dx, direct_exponent[:, :, None])]
+        found.append([np.ldexp(*pair) for pair in arrays])
+        for layer in layers:
+            largest = np.abs(layer.state[:, 1:]).max(axis=(0, 3))
+            assert (largest[largest > 0] < 2).all()
+    for got, want in zip(*reversed(found), strict=True):
+        for b in range(want.shape[-2] if want.ndim == 3 else 1):  # sequences have different scales
+            assert relative_error(got[..., b, :], want[..., b, :]) <= TOLERANCE
+
+
+def test_scaled_adjoint_does_not_underflow(layout):
+    """One tanh unit at rest has slope 1: dL/dh_t = w^(T−t), here a power of two and so exactly known."""
+    layout("one block")
+    T = 200
+    net = Recurrent("rnn_tanh", 1, 1, device="cuda")
+    net.params.flat[...] = 0
+    net.params["weight_hh_l0"] = np.full((1, 1), 0.5, np.float32)
+    trace = net.forward(np.zeros((T, 1, 1), np.float32))
+    d_final = np.ones((1, 1, 1), np.float32)
+    (layer,), _, _ = net.backpropagate(trace, np.zeros((T, 1, 1), np.float32), d_final, scaled=True)
+    log = np.log2(layer.state[0, :, 0, 0].astype(float)) + layer.exponent[:, 0]
+    np.testing.assert_array_equal(log, np.arange(-T, 1))
+
+
+def test_models_and_gradient_flow_run_on_the_device(layout):
+    layout("one block")
+    flows, losses = [], []
+    x, targets = np.random.default_rng(8).normal(size=(6, 2, 3)), np.array([1, 0])
+    for net in on_both("lstm"):
+        model = SequenceModel(net, 2, seed=9)
+        losses.append(model.loss_and_gradients(x, targets))
+        flows.append(gradient_flow(model, x, targets))
+        recomputed = model.loss_and_gradients(x, targets, checkpoint=2)
+        assert relative_error(recomputed.params.flat, losses[-1].params.flat) <= TOLERANCE
+    assert relative_error(losses[1].params.flat, losses[0].params.flat) <= TOLERANCE
+    np.testing.assert_allclose(flows[1].h[0], flows[0].h[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(flows[1].direct_c[0], flows[0].direct_c[0], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="model must be on the CPU, got Recurrent"):
+        TrainingStep(model, 6, 2, learning_rate=0.1)
+    with pytest.raises(ValueError, match="net must be on the CPU, got Recurrent"):
+        Inference(net, 6, 2)

@@ -18,13 +18,17 @@ __all__ = ["cached", "part"]
 
 _PACKAGE = Path(__file__).parents[1]
 
+#: Modules of the GPU alone.
+_GPU = ("cuda", "plan", "ptx")
+
 
 @cache
 def _source_hash() -> str:
     """Hash every file whose code ends up inside a kernel; Numba itself watches only the file of the outer function."""
     digest = hashlib.sha256()
     scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses", "optim", "tasks")]
-    for path in [*scalar, *sorted((_PACKAGE / "kernels").glob("*.py"))]:
+    kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if path.stem not in _GPU]
+    for path in [*scalar, *kernels]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

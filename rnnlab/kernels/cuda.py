@@ -368,10 +368,13 @@ def _exponent_at(exponent, at, known):
     return 0 if found == _NONE else found
 
 
+_ldexp = (lambda value, n: math.ldexp(value, int(n))) if SIMULATED else math.ldexp
+
+
 @device
 def _scale(value, n):
     """Return value·2ⁿ."""
-    return math.ldexp(value, np.int32(max(-2000, min(2000, n))))
+    return _ldexp(value, np.int32(max(-2000, min(2000, n))))
 
 
 @cache
@@ -693,7 +696,7 @@ class _Matrix:
 
     def __init__(self, values: Array, dtype: str) -> None:
         self.values, self._narrow = values, None
-        if ARITHMETIC[dtype].item == 2:
+        if ARITHMETIC[dtype].item == 2 and values.size:
             self.values = xp.empty(values.shape, np.int16)
             self._narrow = _elementwise(_narrow_kernel(dtype), values, self.values)
 
@@ -816,7 +819,8 @@ def prepare_backward(
 ) -> tuple[Run, LayerGradients]:
     """Return what `backward` runs and the gradients that it fills, both on the device; see `prepare_forward`."""
     d_output, d_final, weights = _on_device(d_output), _on_device(d_final), LayerWeights(*map(_on_device, weights))
-    x, states, lengths = map(_on_device, (trace.x, trace.state, trace.lengths))
+    x, lengths = _on_device(trace.x), _on_device(trace.lengths)
+    states = _on_device(trace.state) if d_output_exponent is None else None
     scaled, (T, B, H), I = d_output_exponent is not None, d_output.shape, x.shape[2]
     S, G, P, number = len(cell.states), len(cell.gates), len(cell.peepholes), d_output.dtype
     dtype = arithmetic or number.name
@@ -834,12 +838,14 @@ def prepare_backward(
         (T, B, d_output, given, weights.peephole, packed[0], packed[-1], lengths, trace.saved, d_state, dax, dah, dp,
          exponent, exchange, words, arrived),
     )  # fmt: skip
-    matrices = [
-        _Matrix(a, dtype) for a in (dax, weights.weight_ih, x.reshape(T * B, I), states[0, :T].reshape(T * B, H))
-    ]
-    dah_matrix = matrices[0] if cell.joint else _Matrix(dah, dtype)
-    reset = _Matrix(trace.reset_h.reshape(-1, H), dtype) if cell.reset else None
-    ones, last = xp.ones((1, T * B), number), G * H - H if cell.reset else G * H
+    da, weight_ih = _Matrix(dax, dtype), _Matrix(weights.weight_ih, dtype)
+    matrices = [da, weight_ih]
+    if into is not None:
+        sources = x.reshape(T * B, I), states[0, :T].reshape(T * B, H), trace.reset_h.reshape(-1, H)
+        inputs, h, reset = (_Matrix(source, dtype) for source in sources)
+        da_h, last = da if cell.joint else _Matrix(dah, dtype), G * H - H if cell.reset else G * H
+        matrices += [inputs, h, reset] + ([] if cell.joint else [da_h])
+        ones = xp.ones((1, T * B), number)
 
     def run() -> None:
         for launch in packing:
@@ -851,16 +857,13 @@ def prepare_backward(
         if scaled:
             exponent[0] = exponent[1]
             exponent[...] = xp.where(exponent == _NONE, 0, exponent)
-        for matrix in {id(m): m for m in (*matrices, dah_matrix, reset) if m is not None}.values():
+        for matrix in matrices:
             matrix.refresh()
-        da, weight_ih, inputs, h = (matrix.values for matrix in matrices)
-        _multiply(da, weight_ih, dx.reshape(T * B, I), dtype)
+        _multiply(da.values, weight_ih.values, dx.reshape(T * B, I), dtype)
         if into is not None:
-            da_h = dah_matrix.values
-            _multiply(da, inputs, into.weight_ih, dtype, ta=True)
-            _multiply(da_h[:, :last], h, into.weight_hh[:last], dtype, ta=True)
-            if reset is not None:
-                _multiply(da_h[:, last:], reset.values, into.weight_hh[last:], dtype, ta=True)
+            _multiply(da.values, inputs.values, into.weight_ih, dtype, ta=True)
+            _multiply(da_h.values[:, :last], h.values, into.weight_hh[:last], dtype, ta=True)
+            _multiply(da_h.values[:, last:], reset.values, into.weight_hh[last:], dtype, ta=True)
             for sums, of in ((into.bias_ih, dax), (into.bias_hh, dah), (into.peephole, dp)):
                 _multiply(ones, of, sums[None], number.name)
 
