@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .cells import Cell
-from .checks import check_array, check_positive, generator
+from .checks import check_array, check_choice, check_positive, generator
 from .kernels import backend
 from .rnn import Recurrent, State
 

@@ -63,7 +63,7 @@ def memory_path(
     for k, layer in enumerate(layers):
         cut = net.weights(k)._replace(weight_hh=np.zeros_like(net.weights(k).weight_hh))
         nothing = np.zeros_like(layer.state[:, 0])
-        part = backend("cpu").backward(net.cell, trace.layers[k], cut, layer.direct, nothing, layer.direct_exponent)
+        part = backend(net.device).backward(net.cell, trace.layers[k], cut, layer.direct, nothing, layer.direct_exponent)
         check_finite(net, layer.state, part.state)
         total, alone = log_norm(layer.state[-1], layer.exponent), log_norm(part.state[-1], part.exponent)
         with np.errstate(invalid="ignore"):
@@ -170,7 +170,7 @@ def survival(
             for _ in range(count):
                 d_final = np.zeros((S, B, H), net.dtype)
                 d_final[s] = _unit(rng.normal(size=(B, H)))
-                back = backend("cpu").backward(net.cell, layer, net.weights(k), nothing, d_final, exponent)
+                back = backend(net.device).backward(net.cell, layer, net.weights(k), nothing, d_final, exponent)
                 check_finite(net, back.state)
                 total = np.logaddexp(total, 2 * log_norm(back.state, back.exponent))
             for perturbed, squares in zip(net.cell.states, total, strict=True):

@@ -1,5 +1,6 @@
 """What several test modules share: relative errors, random networks and their textbook parameters, slow derivatives."""
 
+import contextlib
 import platform
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from rnnlab import Recurrent
+from rnnlab.kernels.plan import Chip, plan
 from rnnlab.kernels.simd import VECTOR_BYTES
 
 hypothesis.settings.register_profile("rnnlab", deadline=None, derandomize=True, database=None)
@@ -122,3 +124,14 @@ def double_arithmetic(llvm):
     Sizes of arrays, which Numba compares and counts the digits of (for an error message) in float64, are none of them.
     """
     return re.findall(r".*\b(?:f(?:add|sub|mul|div|rem|neg|ptrunc|pext)|fma\.f64)\b.*\bdouble\b.*", llvm)
+
+
+def full_chip(*problem, **options):
+    """A GPU that has no register for a weight of this plan, and shared memory for some of them if not for all."""
+    for shared in range(64, 60_000, 64):
+        chip = Chip((9, 0), 4, shared, 0)
+        with contextlib.suppress(ValueError):
+            made = plan(*problem, chip=chip, **options)
+            if any(product.kept for product in made.products) or all(product.chunks == 1 for product in made.products):
+                return chip
+    raise AssertionError(f"{problem} fits none")

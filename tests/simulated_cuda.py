@@ -1,12 +1,10 @@
 """The CUDA kernels in the simulator, against the textbook. Run by `test_kernels_cuda`, in a process of its own."""
 
-import contextlib
-
 import gpu_simulator
 import naive
 import numpy as np
 import pytest
-from conftest import TOLERANCE, random_network, random_state, relative_error
+from conftest import TOLERANCE, full_chip, random_network, random_state, relative_error
 from test_kernels_cpu import worst
 
 from rnnlab import CELLS, Inference, Recurrent, SequenceModel, TrainingStep, gradient_flow
@@ -25,17 +23,6 @@ LAYOUTS = {
     "grid": {"tiers": "B", "blocks": (2,), "threads": (6,)},
     "streams": {"tiers": "C", "blocks": (2,), "threads": (10,)},
 }
-
-
-def full_chip(*problem, **options):
-    """A chip that has no register for a weight, and room in shared memory for some of them, but not for all."""
-    for shared in range(64, 20_000, 64):
-        chip = Chip((9, 0), 2, shared, 0)
-        with contextlib.suppress(ValueError):
-            made = plan(*problem, chip=chip, **options)
-            if any(product.kept for product in made.products):
-                return chip
-    raise AssertionError(f"{problem} fits none")
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+"""The CUDA kernels without a GPU: what they compute in the simulator, and what they compile to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import full_chip
+from numba import types
+from numba.np.numpy_support import from_dtype
+
+import rnnlab
+from rnnlab import CELLS
+from rnnlab.kernels import DeviceNotAvailable, available, backend
+from rnnlab.kernels.plan import ARITHMETIC, H200, plan
+from rnnlab.peers import DTYPES
+
+pytest.importorskip("numba_cuda")
+
+
+def test_kernels_in_the_simulator_equal_the_textbook():
+    """In a process of its own: the simulator takes the place of numba.cuda when that is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "simulated_cuda.py"]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+TIERS = {"A": {"tiers": "A", "blocks": (4,)}, "B": {"tiers": "B", "blocks": (4,)}, "C": {"tiers": "C", "blocks": (2,)}}
+
+
+def capabilities(dtype, tier):
+    """The compute capabilities for which a kernel is compiled: clusters need 9.0; for the others both in float32."""
+    if tier == "A":
+        return [(9, 0)]
+    return [(8, 0), (9, 0)] if dtype == "float32" else [(8, 0) if tier == "B" else (9, 0)]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function that compiles a kernel to PTX, which needs no driver once the device is known."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    def compile_(kernel, made, capability, arguments):
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
+        bounds = (made.threads, 1)
+        return cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability, launch_bounds=bounds)[0]
+
+    return compile_
+
+
+def assembled(ptx, capability):
+    """The report of ptxas, which is inside nvJitLink, on the machine code that it makes of PTX."""
+    from cuda.bindings import nvjitlink
+
+    handle = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
+    try:
+        code = ptx.encode()
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(handle)
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+    finally:
+        nvjitlink.destroy(handle)
+    return log.decode()
+
+
+def kernels(cell, dtype, tier, **flags):
+    """The kernels of a layout with the types of their arguments: forward and backward, or with `scaled` that."""
+    from rnnlab.kernels import cuda
+
+    kind = cuda._kind(dtype)
+    number, word, sent = (types.Array(from_dtype(np.dtype(one)), 1, "C") for one in kind[:3])
+    whole, small, size = types.Array(types.int64, 1, "C"), types.Array(types.int32, 1, "C"), types.int64
+    tail = (sent, word, small)
+    for backward in (False, True):
+        problem, options = (cell.name, dtype, 3, 33, backward), TIERS[tier] | {"threads": (64,)}
+        made = plan(*problem, chip=full_chip(*problem, **options) if tier == "C" else H200, **options)
+        if backward:
+            kernel = cuda._backward_kernel(cell, made, flags.get("scaled", False))
+            yield kernel, made, (size, size, number, whole, number, word, word, whole, *[number] * 5, whole, *tail)
+        elif not flags:
+            kernel = cuda._forward_kernel(cell, made, True)
+            yield kernel, made, (size, size, *[number] * 4, word, word, whole, *[number] * 3, *tail)
+
+
+def check(ptx, dtype, capability):
+    assert dtype == "float64" or ".f64" not in ptx
+    assert ".local" not in ptx  # no array in memory
+    assert "call" not in ptx  # all is inlined
+    report = assembled(ptx, capability)
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+
+
+#: A cell of each kind: one product; ax and ah apart; two products. The others differ from them by `step` alone.
+KINDS = ("lstm_peephole", "gru", "gru_reset_before")
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "tier"),
+    [(c, d, t) for c in CELLS for d in ARITHMETIC for t in TIERS if t == "A" or d == "float32" or c in KINDS],
+)
+def test_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, tier, compiled):
+    for kernel, made, arguments in kernels(CELLS[cell], dtype, tier):
+        assert made.tier == tier
+        for capability in capabilities(dtype, tier):
+            ptx = compiled(kernel, made, capability, arguments)
+            check(ptx, dtype, capability)
+            assert ("mma.sync" in ptx) == (ARITHMETIC[dtype].rows > 1)
+            assert ("barrier.cluster" in ptx) == ("st.shared::cluster" in ptx) == (tier == "A")
+            assert ("ld.acquire.gpu" in ptx) == ("cp.async" in ptx) == (tier != "A")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_scaled_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, compiled):
+    for kernel, made, arguments in kernels(CELLS[cell], dtype, "A", scaled=True):
+        check(compiled(kernel, made, (9, 0), arguments), dtype, (9, 0))
+
+
+def test_packing_and_rounding_compile(compiled):
+    from rnnlab.kernels import cuda
+
+    single = types.Array(types.float32, 1, "C")
+    for dtype, kind in (("float32", types.float32), ("bf16", types.int32), ("fp16", types.int32)):
+        made = plan("lstm", dtype, 16, 512)
+        ptx = compiled(cuda._pack_kernel(made, 0), made, (9, 0), (single, types.Array(kind, 1, "C")))
+        check(ptx, dtype, (9, 0))
+    ptx = compiled(cuda._narrow_kernel("bf16"), made, (9, 0), (single, types.Array(types.int16, 1, "C")))
+    assert "cvt.rn.bf16.f32" in ptx
+
+
+@pytest.mark.skipif(available("cuda") is None, reason="this machine has a GPU")
+def test_without_a_gpu_one_line_says_why():
+    with pytest.raises(DeviceNotAvailable, match=r"^device 'cuda' cannot be used: [^\n]+$"):
+        backend("cuda")
+    with pytest.raises(DeviceNotAvailable, match=r"^device 'cuda' cannot be used: [^\n]+$"):
+        rnnlab.LSTM(2, 3, device="cuda")
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
+        rnnlab.GRU(2, 3, device="tpu")
+
+
+def test_arithmetics_are_those_that_are_compared():
+    assert set(ARITHMETIC) == set(DTYPES)
+    assert plan("lstm", "float32", 1, 32).cycles < plan("lstm", "float32", 1, 1024).cycles
+    assert H200.processors == 132
