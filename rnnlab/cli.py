@@ -23,8 +23,13 @@ def main() -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def info(as_json: bool) -> None:
-    """Print versions, CPU, vector width, threads, GPU and why it is not used."""
+@click.option("--plan", "problem", metavar="CELL,T,B,I,H", help="How a GPU would be used, e.g. lstm,512,16,512,512.")
+@click.option("--dtype", default="float32", show_default=True, help="Arithmetic of --plan, or tf32, bf16, fp16.")
+def info(as_json: bool, problem: str | None, dtype: str) -> None:
+    """Print versions, CPU, vector width, threads, GPU and why it is not used; or with --plan how it would be used."""
+    if problem is not None:
+        _print_plans(problem, dtype)
+        return
     from .study import provenance
 
     facts = provenance()
@@ -35,6 +40,23 @@ def info(as_json: bool) -> None:
         click.echo(f"{name:<18}  {version}")
     for name, value in facts.items():
         click.echo(f"{name:<18}  {'-' if value is None else value}")
+
+
+def _print_plans(problem: str, dtype: str) -> None:
+    """Print the layouts of the kernels of one layer for an H200, or for the GPU of this machine."""
+    from .cells import CELLS
+    from .kernels import available, backend
+    from .kernels.plan import ARITHMETIC, H200, explain, plan
+
+    cell, *numbers = problem.split(",")
+    if cell not in CELLS or len(numbers) != 4 or not all(number.isdigit() and int(number) for number in numbers):
+        raise click.BadParameter(f"wanted CELL,T,B,I,H, got {problem!r}", param_hint="--plan")
+    if dtype not in ARITHMETIC:
+        raise click.BadParameter(f"{dtype!r} is not one of {', '.join(ARITHMETIC)}", param_hint="--dtype")
+    chip = H200 if available("cuda") else backend("cuda").chip()
+    click.echo(f"compute capability {chip.capability[0]}.{chip.capability[1]}, {chip.processors} multiprocessors")
+    for backward in (False, True):
+        click.echo(explain(plan(cell, dtype, int(numbers[1]), int(numbers[3]), backward, chip), chip))
 
 
 @main.command()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .checks import check_choice
 from .costs import Shape, arithmetic, memory, roofline_seconds, traffic
+from .kernels import backend
 from .peers import PEERS, NotApplicable, Problem, Run, prepare_rnnlab, tolerance, worst_error
 from .plots import bars, caption, panels, roofline
 from .timing import Seconds, bandwidth, cuda_clock, interleave, peak_flops, ratio, wall_clock
@@ -95,14 +96,14 @@ def compare(
     Columns: the problem (cell, steps, batch, input_size, hidden_size, scope, dtype, device, threads); implementation;
     status ("ok", or why there is no time); error (relative, against float64) and tolerance; milliseconds with
     quartiles; ratio (its time / ours, median over visits of their medians' ratio) with quartiles; flops_per_byte,
-    gflops_per_second and the machine's measured peak and bandwidth; peak_share and roofline_share (of the bound
-    max(FLOPs / peak, bytes / bandwidth)).
+    gflops_per_second and the peak and bandwidth of the device (of a CPU as measured); peak_share and roofline_share (of
+    the bound max(FLOPs / peak, bytes / bandwidth)).
 
     Raises ValueError for an unknown peer, DeviceNotAvailable without the device.
     """
     for name in peers:
         check_choice("peers", name, PEERS)
-    limits: dict[tuple[str, int], tuple[float, float]] = {}
+    limits: dict[tuple[str, str, int], tuple[float, float]] = {}
     rows: list[Row] = []
     with (progress or partial(tqdm, disable=True))(total=len(todo)) as bar:
         for group in _groups(todo):
@@ -116,11 +117,19 @@ def compare(
                         visits[name].append(spent)
                     bar.update(visit == VISITS - 1)
             for problem, (_, status, errors), visits in zip(group, checked, times, strict=True):
-                key = (problem.storage, problem.threads)
+                key = (problem.device, problem.dtype, problem.threads)
                 if key not in limits:
-                    limits[key] = peak_flops(problem.storage, problem.threads), bandwidth(problem.threads)
+                    limits[key] = _limits(*key)
                 rows += _rows(problem, status, errors, visits, limits[key])
     return pd.DataFrame(rows)
+
+
+def _limits(device: str, dtype: str, threads: int) -> tuple[float, float]:
+    """Return FLOP/s and bytes/s: measured on the CPU, on a GPU what it is built for."""
+    if device == "cuda":
+        built_for: tuple[float, float] = backend("cuda").limits(dtype)
+        return built_for
+    return peak_flops(dtype, threads), bandwidth(threads)
 
 
 def _groups(todo: Sequence[Problem]) -> Iterator[list[Problem]]:

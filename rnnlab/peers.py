@@ -20,7 +20,7 @@ from .checks import generator
 from .clipping import ByGlobalNorm
 from .costs import Shape
 from .inference import Inference
-from .kernels import DeviceNotAvailable
+from .kernels import DeviceNotAvailable, LayerWeights, backend
 from .model import SequenceModel
 from .optim import SGD
 from .rnn import Recurrent
@@ -138,8 +138,8 @@ def tolerance(problem: Problem) -> float:
 
 def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
     """Prepare our own; with dtype "float64" it is the reference for the others."""
-    if problem.device != "cpu":
-        raise DeviceNotAvailable(f"device {problem.device!r} cannot be used: rnnlab has kernels for the CPU only")
+    if problem.device == "cuda":
+        return _prepare_cuda(problem)
     if dtype is None and problem.dtype not in ("float32", "float64"):
         raise NotApplicable(f"rnnlab has no {problem.dtype} on the CPU")
     x, upstream, labels = problem.arrays(dtype)
@@ -169,6 +169,36 @@ def prepare_rnnlab(problem: Problem, dtype: str | None = None) -> Run:
         return {"output": output, "x": gradients.x, **gradients.params}
 
     return Run(train, result)
+
+
+def _prepare_cuda(problem: Problem) -> Run:
+    """Prepare our own on a GPU: arrays in its memory, all launches of a pass replayed as one CUDA graph."""
+    kernels, shape = backend("cuda"), problem.shape
+    if problem.scope == "step" or shape.num_layers != 1 or shape.bidirectional:
+        raise NotApplicable("on a GPU rnnlab is compared with one layer in one direction, and not in whole steps")
+    on_device, net = kernels.xp.asarray, problem.network()
+    x, upstream = map(on_device, problem.arrays()[:2])
+    weights = LayerWeights(*map(on_device, net.weights(0)))
+    zero = on_device(net.stack_state("state", None, shape.batch)[:, 0])
+    lengths, training = on_device(np.full(shape.batch, shape.steps)), problem.scope == "training"
+    forward, trace = kernels.prepare_forward(net.cell, x, weights, zero, lengths, training, problem.dtype)
+    runs, arrays = [forward], {"output": trace.state[0, 1:]}
+    if training:
+        backward, gradients = kernels.prepare_backward(
+            net.cell, trace, weights, upstream, zero, arithmetic=problem.dtype
+        )
+        runs.append(backward)
+        arrays |= {"x": gradients.x, **{f"{name}_l0": a for name, a in gradients.weights._asdict().items() if a.size}}
+
+    def work() -> None:
+        for run in runs:
+            run()
+
+    def result() -> Results:
+        work()
+        return {name: array.get().astype(np.float64) for name, array in arrays.items()}
+
+    return Run(kernels.capture(work), result)
 
 
 # PyTorch, and cuDNN through it --------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ class Recurrent:
         device = "" if self.device == "cpu" else f", device={self.device!r}"
         return (
             f"Recurrent({self.cell.name!r}, {self.input_size}, {self.hidden_size}, {self.num_layers}, "
-            f"bias={self.bias}, bidirectional={self.bidirectional}, dropout={self.dropout}, dtype={self.dtype.name!r}{device})"
+            f"bias={self.bias}, bidirectional={self.bidirectional}, dropout={self.dropout}, "
+            f"dtype={self.dtype.name!r}{device})"
         )
 
     def initialise(
@@ -306,8 +307,8 @@ class Recurrent:
         """Run the network as `forward` does, keeping the states of every so many steps only, for `recompute`.
 
         `every` is that number of steps, "sqrt" for ⌈√T⌉ (Chen et al. 2016, sec. 3); it is rounded up to what the
-        kernels take at a time, so that gradients are those of `backward` to the last bit (but for rounding on a GPU, which
-        sums over all steps at once). `outputs` are kept or not.
+        kernels take at a time, so that gradients are those of `backward` to the last bit (on a GPU, which
+        sums over all steps at once, to rounding). `outputs` are kept or not.
 
         Raises as `forward`, and ValueError for a bidirectional network, whose reverse direction begins at the end.
         """

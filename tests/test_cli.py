@@ -23,6 +23,20 @@ def test_info_prints_the_provenance():
     assert lines.keys() == facts["packages"].keys() | facts.keys() - {"packages"}
 
 
+def test_info_explains_how_a_gpu_would_be_used():
+    done = CliRunner().invoke(main, ["info", "--plan", "lstm,512,16,512,512", "--dtype", "bf16"])
+    assert done.exit_code == 0
+    assert "forward: tier A" in done.stdout
+    assert "backward: tier A" in done.stdout
+    for problem, dtype, told in (
+        ("lstm,1,2,3", "bf16", "wanted CELL,T,B,I,H"),
+        ("gru,1,1,1,1", "int8", "is not one of"),
+    ):
+        done = CliRunner().invoke(main, ["info", "--plan", problem, "--dtype", dtype])
+        assert done.exit_code == 2
+        assert told in done.stderr
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The calls of `cpu.warmup`, which compiles nothing here."""

@@ -17,7 +17,8 @@ def test_a_layout_fits_the_chip_and_covers_everything(data):
     B, H, backward = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 3000)), data.draw(st.booleans())
     chip = data.draw(st.sampled_from([H200, A100]))
     made, kind = plan(cell, dtype, B, H, backward, chip), ARITHMETIC[dtype]
-    assert made.blocks * made.units >= H > (made.blocks - 1) * made.units
+    assert made.blocks * made.units >= H
+    assert made.tier != "A" or made.blocks in (1, 2, 4, 8, 16)
     assert made.teams * made.slice >= B > (made.teams - 1) * made.slice
     assert made.tile * made.units <= made.threads
     assert made.shared <= chip.shared

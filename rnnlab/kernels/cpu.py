@@ -748,7 +748,8 @@ def direct(
 ) -> LayerGradients:
     """Backpropagate d_output (T, B, H) through one step only: each step stands as a sequence of its own.
 
-    `through` is the `backward` that does it. Returns gradients of T·B sequences of one step, scaled: state (S, 2, T·B, H), x (1, T·B, I), exponent (2, T·B).
+    `through` is the `backward` that does it. Returns gradients of T·B sequences of one step, scaled: state
+    (S, 2, T·B, H), x (1, T·B, I), exponent (2, T·B).
     """
     T, B, H = d_output.shape
 

@@ -14,6 +14,7 @@ recurrence (with the inputs, dL/dx, the gradients of weights) are cuBLAS's, on t
 In Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the kernels run as Python, and NumPy stands for CuPy.
 """
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -31,12 +32,10 @@ from .panels import numbers_saved, put_numbers, take_numbers
 from .plan import ARITHMETIC, H200, Chip, Plan, Product, plan
 from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, device, grid_barrier, load4, store_remote
 
-if SIMULATED or importlib.util.find_spec("cupy") is None:  # then kernels can be compiled, see `kernels.backend`
-    xp: Any = np
-else:
-    import cupy as xp
+#: CuPy; where there is none kernels can still be compiled, and that is all, see `kernels.backend`.
+xp: Any = np if SIMULATED or importlib.util.find_spec("cupy") is None else importlib.import_module("cupy")
 
-__all__ = ["Launch", "backward", "capture", "chunk_steps", "direct", "forward", "jacobian"]
+__all__ = ["Launch", "backward", "capture", "chip", "chunk_steps", "direct", "forward", "jacobian", "limits"]
 __all__ += ["prepare_backward", "prepare_forward", "warmup"]
 
 #: The exponent of a step at which all is zero so far.
@@ -271,8 +270,8 @@ def _forward_kernel(cell: Cell, made: Plan, keep: bool):
         T, B, ax, bias_ih, bias_hh, peephole, packed_head, packed, lengths, state, saved, reset_h,
         exchange, exchange_words, arrived,
     ):  # fmt: skip
-        words, numbers = cuda.shared.array(0, word), cuda.shared.array(0, number)
-        stored = cuda.shared.array(0, sent)
+        words, numbers = cuda.shared.array(0, word, alignment=16), cuda.shared.array(0, number, alignment=16)
+        stored = cuda.shared.array(0, sent, alignment=16)  # three views of the same memory, with barriers between them
         tid, rank, team = cuda.threadIdx.x, cuda.blockIdx.x % BLOCKS, cuda.blockIdx.x // BLOCKS
         first = team * SLICE
         count = min(SLICE, B - first)
@@ -434,11 +433,11 @@ def _backward_kernel(cell: Cell, made: Plan, scaled: bool):
             send_last(stored, exchange, 0, row, b, B, unit, da_h[HEAD])
 
     def backward(
-        T, B, d_output, d_output_exponent, peephole, packed, packed_last, lengths, saved, d_state, dax, dah, dp, exponent,
-        exchange, exchange_words, arrived,
+        T, B, d_output, d_output_exponent, peephole, packed, packed_last, lengths, saved, d_state, dax, dah, dp,
+        exponent, exchange, exchange_words, arrived,
     ):  # fmt: skip
-        words, numbers = cuda.shared.array(0, word), cuda.shared.array(0, number)
-        stored = cuda.shared.array(0, sent)
+        words, numbers = cuda.shared.array(0, word, alignment=16), cuda.shared.array(0, number, alignment=16)
+        stored = cuda.shared.array(0, sent, alignment=16)  # three views of the same memory, with barriers between them
         tid, rank, team = cuda.threadIdx.x, cuda.blockIdx.x % BLOCKS, cuda.blockIdx.x // BLOCKS
         begin = team * SLICE
         count = min(SLICE, B - begin)
@@ -522,7 +521,7 @@ def _backward_kernel(cell: Cell, made: Plan, scaled: bool):
     return _kernel(made)(backward)
 
 
-# Weights and numbers of lower precision ---------------------------------------------------------------------------------
+# Weights and numbers of lower precision -----------------------------------------------------------------------------
 
 
 @cache
@@ -579,7 +578,7 @@ def _narrow_kernel(dtype: str):
 
 
 @cache
-def _chip() -> Chip:
+def chip() -> Chip:
     """Return what plans need to know of the current GPU."""
     if SIMULATED:
         return H200
@@ -587,6 +586,13 @@ def _chip() -> Chip:
     major, minor = divmod(int(found.compute_capability), 10)
     attributes = found.attributes
     return Chip((major, minor), attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+def limits(dtype: str) -> tuple[float, float]:
+    """Return the FLOP/s of this arithmetic and the bytes/s from memory for which the GPU is built."""
+    found = xp.cuda.Device().attributes
+    flops = 2e3 * ARITHMETIC[dtype].rate * chip().processors * found["ClockRate"]
+    return flops, 2e3 * found["MemoryClockRate"] * found["GlobalMemoryBusWidth"] / 8
 
 
 @cache
@@ -600,7 +606,7 @@ def _compiled(kernel: Any, signature: tuple[Any, ...], shared: int, cluster: boo
     if cluster:
         wanted[attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
     for name, value in wanted.items():
-        (status,) = driver.cuKernelSetAttribute(name, value, driver.CUkernel(int(loaded.handle)), xp.cuda.Device().id)
+        (status,) = driver.cuKernelSetAttribute(name, value, loaded.handle, xp.cuda.Device().id)
         if status != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the driver refuses {name.name} = {value}: {status.name}")
     return loaded
@@ -678,10 +684,10 @@ def _multiply(a: Array, b: Array, out: Array, dtype: str, *, ta: bool = False, t
     result = 1 if dtype == "float64" else 0
     one, nil = np.ones(1, out.dtype), np.zeros(1, out.dtype)
     # cuBLAS counts columns first: it sees every matrix transposed, and computes outᵀ = bᵀ aᵀ.
-    cublas.gemmEx(
-        xp.cuda.device.get_cublas_handle(), int(tb), int(ta), n, m, k, one.ctypes.data, b.data.ptr, kind, b.strides[0] // b.itemsize,
-        a.data.ptr, kind, a.strides[0] // a.itemsize, nil.ctypes.data, out.data.ptr, result, n, computing, -1,
-    )  # fmt: skip
+    theirs, ours = ((v.data.ptr, kind, v.strides[0] // v.itemsize) for v in (b, a))
+    shape, handle = (int(tb), int(ta), n, m, k), xp.cuda.device.get_cublas_handle()
+    scales = one.ctypes.data, nil.ctypes.data
+    cublas.gemmEx(handle, *shape, scales[0], *theirs, *ours, scales[1], out.data.ptr, result, n, computing, -1)
 
 
 def _widened(bits: Array, dtype: str) -> Array:
@@ -722,6 +728,8 @@ def _like(result: Array, given: Any) -> Array:
     """Return a result where the input was: on the device, or copied to pinned memory of the host."""
     if SIMULATED or not isinstance(given, np.ndarray):
         return result
+    if result.size == 0:
+        return np.empty(result.shape, result.dtype)
     import cupyx
 
     host: Array = cupyx.empty_pinned(result.shape, result.dtype)
@@ -740,7 +748,7 @@ def _packed(made: Plan, weight_hh: Array, dtype: Any) -> tuple[list[Array], list
 
 
 def _exchange(made: Plan, B: int) -> tuple[Array, Array, Array]:
-    """Return the memory through which blocks of a grid exchange numbers, as these and as words; the barriers' counters."""
+    """Return the memory through which blocks of a grid exchange numbers, as these and as words; counts of arrivals."""
     _, word, sent, _ = _kind(made.dtype)
     size = B * (2 * made.products[0].row + sum(p.row for p in made.products[1:])) if made.tier != "A" else 4
     words = xp.zeros(size, word)
@@ -759,7 +767,7 @@ def prepare_forward(
     """
     x, state, lengths, weights = *map(_on_device, (x, state, lengths)), LayerWeights(*map(_on_device, weights))
     (T, B, I), S, dtype = x.shape, len(cell.states), arithmetic or x.dtype.name
-    made = plan(cell.name, dtype, B, weights.weight_hh.shape[1], False, _chip())
+    made = plan(cell.name, dtype, B, weights.weight_hh.shape[1], False, chip())
     H, G, number = made.hidden, len(cell.gates), x.dtype
     states = xp.empty((S, T + 1, B, H), number)
     saved = xp.empty((T if keep else 0, 1, B, numbers_saved(cell), H), number)
@@ -824,7 +832,7 @@ def prepare_backward(
     scaled, (T, B, H), I = d_output_exponent is not None, d_output.shape, x.shape[2]
     S, G, P, number = len(cell.states), len(cell.gates), len(cell.peepholes), d_output.dtype
     dtype = arithmetic or number.name
-    made = plan(cell.name, dtype, B, H, True, _chip())
+    made = plan(cell.name, dtype, B, H, True, chip())
     d_state, dx = xp.empty((S, T + 1, B, H), number), xp.empty((T, B, I), number)
     dax = xp.empty((T * B, G * H), number)
     dah, dp = dax if cell.joint else xp.empty_like(dax), xp.empty((T * B, P * H), number)
@@ -888,15 +896,16 @@ def backward(
     """
     run, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, arithmetic)
     run()
-    made, x, state, exponent = (
-        None if v is None else _like(v, d_output) for v in (None, gradients.x, gradients.state, gradients.exponent)
-    )
-    if gradients.weights is not None:
+    if gradients.weights is None:
+        total = None
+    else:
         found = [_like(gradient, d_output) for gradient in gradients.weights]
-        for total, gradient in zip(into or (), found, strict=False):
-            total += gradient
-        made = into or LayerWeights(*found)
-    return LayerGradients(made, x, state, d_output, exponent, d_output_exponent)
+        total = into or LayerWeights(*found)
+        for sums, gradient in zip(into or (), found, strict=False):
+            sums += gradient
+    exponent = None if gradients.exponent is None else _like(gradients.exponent, d_output)
+    x, state = _like(gradients.x, d_output), _like(gradients.state, d_output)
+    return LayerGradients(total, x, state, d_output, exponent, d_output_exponent)
 
 
 def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array) -> LayerGradients:
@@ -905,7 +914,7 @@ def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array
 
 
 def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Array:
-    """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), put together on the host: see `cpu.jacobian`."""
+    """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), put together on the host by `cpu.jacobian`."""
     saved = trace.saved[t : t + 1]
     saved = saved if SIMULATED else xp.asnumpy(saved)
     return cpu.jacobian(cell, trace._replace(saved=saved, lengths=trace.lengths - t), weights, 0)
@@ -920,7 +929,7 @@ def capture(run: Run) -> Run:
         stream.begin_capture()
         run()
         graph = stream.end_capture()
-    return graph.launch  # type: ignore[no-any-return]
+    return graph.launch
 
 
 def warmup(cell_name: str, dtype: DTypeLike) -> None:

@@ -1,8 +1,8 @@
 """Where the numbers of a GPU kernel lie, and who computes them: arithmetic alone, no GPU needed.
 
-A **team** of blocks owns a slice of the batch for the whole sequence. Each of its blocks owns some hidden units with all
-their gates: it keeps their rows of W_hh (going back: columns), and at every step needs h (dL/dah) of all units, which the
-blocks send each other. The tiers differ in how:
+A **team** of blocks owns a slice of the batch for the whole sequence. Each of its blocks owns some hidden units with
+all their gates: it keeps their rows of W_hh (going back: columns), and at every step needs h (dL/dah) of all units,
+which the blocks send each other. The tiers differ in how:
 
 - A: a team is one cluster; numbers travel through distributed shared memory, one cluster barrier a step.
 - B: one team is the whole grid; numbers travel through L2, one barrier over global counters a step.
@@ -15,6 +15,7 @@ a chunk of weights is four words a thread. Sums over the slices are added up by 
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from ..cells import CELLS, Cell
@@ -35,7 +36,10 @@ H200 = Chip((9, 0), 132, 232_448)
 
 
 class Arithmetic(NamedTuple):
-    """How a dtype multiplies: bytes of a number, numbers in a chunk's depth, threads and outputs of a tile, FMAs/cycle."""
+    """How a dtype multiplies: bytes of a number, numbers in a chunk's depth, threads and outputs of a tile.
+
+    rate: multiply-adds a cycle for which one multiprocessor of a Hopper chip is built.
+    """
 
     item: int
     depth: int
@@ -58,9 +62,9 @@ class Arithmetic(NamedTuple):
 ARITHMETIC = {
     "float32": Arithmetic(4, 4, 1, 1, 128),
     "float64": Arithmetic(8, 4, 1, 1, 64),
-    "tf32": Arithmetic(4, 8, 32, 16, 512),
-    "bf16": Arithmetic(2, 16, 32, 16, 1024),
-    "fp16": Arithmetic(2, 16, 32, 16, 1024),
+    "tf32": Arithmetic(4, 8, 32, 16, 1024),
+    "bf16": Arithmetic(2, 16, 32, 16, 2048),
+    "fp16": Arithmetic(2, 16, 32, 16, 2048),
 }
 
 #: Cycles: a barrier of a cluster and of the grid, latencies of a step and of a tile; bytes a cycle from L2 and shared.
@@ -160,6 +164,8 @@ def _lay_out(
     """Return the plan for (blocks of a team, whether they are a cluster), or None where it does not fit."""
     kind, cluster, units = ARITHMETIC[dtype], team[1], -(-H // team[0])
     blocks = -(-H // units)
+    if cluster:  # sizes that hardware is made for; a block may be without units
+        blocks = 1 << (blocks - 1).bit_length()
     if tile * units > threads:
         return None
     teams, of_cell = -(-B // part), _products(cell, H, backward)
@@ -190,10 +196,10 @@ def _lay_out(
     streams = any(product.streamed for product in products)
     if streams and cluster:
         return None
-    ends = [0]
-    for size in (*(vectors + [0])[:2], sums, *([4 * p.kept * p.tiles * threads for p in products] + [0])[:2]):
-        ends.append(ends[-1] + -(-size // 4) * 4)
-    made = made._replace(tier="C" if streams else tier, products=tuple(products), regions=tuple(ends))
+    weights = [4 * p.kept * p.tiles * threads for p in products]
+    sizes = (*(*vectors, 0)[:2], sums, *(*weights, 0)[:2])
+    ends = tuple(accumulate((-(-size // 4) * 4 for size in sizes), initial=0))
+    made = made._replace(tier="C" if streams else tier, products=tuple(products), regions=ends)
     return made._replace(cycles=_cycles(made, chip)) if ends[-1] * kind.word <= chip.shared else None
 
 

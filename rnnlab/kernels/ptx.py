@@ -1,8 +1,8 @@
 """The PTX instructions that kernels need and Numba has no name for, each with its section of the PTX ISA (version 9.0).
 
-A function below is one instruction; its Python body says what that means, and is what runs in Numba's simulator. There
-a thread of `threading` is a thread of the GPU; those of several blocks offer what the bodies ask `current_thread()` for.
-An array and the index behind it are one address.
+A function below is one instruction; its Python body says what that means, and is what runs in Numba's simulator.
+There a thread of `threading` is a thread of the GPU, and offers what the bodies ask `current_thread()` for. An array
+and the index behind it are one address.
 """
 
 import inspect
