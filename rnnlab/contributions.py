@@ -57,11 +57,12 @@ def contributions(
     C[t, k] = Σ_b (∂L_t/∂s_t)(∂s_t/∂s_k)(∂⁺s_k/∂W), s the state of sequence b and ∂⁺ the derivative within step k alone
     (Pascanu, Mikolov & Bengio 2013, eq. 3–5), W the parameters of the last layer. Every t has an adjoint of its own, in
     powers of two, so that nothing underflows at any lag: T·(T + 1)/2 steps of BPTT, in memory that grows with T but for
-    the results. Arguments and errors as `gradient_flow`, and ValueError for a bidirectional network.
+    the results. Arguments and errors as `gradient_flow`, and ValueError for a bidirectional network or one on
+    a GPU.
     """
     net = model.rnn
-    if net.bidirectional:
-        raise ValueError(f"model must have one direction, got {net!r}")
+    if net.bidirectional or net.device != "cpu":
+        raise ValueError(f"model must have one direction and be on the CPU, got {net!r}")
     trace, d_output, count = run_to_loss(model, x, targets, loss_at, lengths, state)
     d_output /= d_output.dtype.type(count)
     last = net.num_layers - 1

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .cells import Cell
-from .checks import check_array, check_choice, check_positive, generator
+from .checks import check_array, check_positive, generator
 from .kernels import backend
 from .rnn import Recurrent, State
 
@@ -70,10 +70,10 @@ def lyapunov_spectrum(
     may stay there. The tangent vectors are float64 whatever the network's dtype.
 
     Raises TypeError and ValueError for arguments that do not fit, ValueError for a bidirectional network, which has no
-    state that goes forward, and for one whose states or perturbations overflow.
+    state that goes forward, for one on a GPU, and for one whose states or perturbations overflow.
     """
-    if net.bidirectional:
-        raise ValueError(f"net must run in one direction, got {net!r}")
+    if net.bidirectional or net.device != "cpu":
+        raise ValueError(f"net must run in one direction on the CPU, got {net!r}")
     total = check_positive("steps", steps) + (check_positive("transient", transient) if transient != 0 else 0)
     x = np.zeros((total, 1, net.input_size), net.dtype) if x is None else x
     x = check_array("x", x, ("T", 1, net.input_size), net.dtype)

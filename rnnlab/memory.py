@@ -63,7 +63,9 @@ def memory_path(
     for k, layer in enumerate(layers):
         cut = net.weights(k)._replace(weight_hh=np.zeros_like(net.weights(k).weight_hh))
         nothing = np.zeros_like(layer.state[:, 0])
-        part = backend(net.device).backward(net.cell, trace.layers[k], cut, layer.direct, nothing, layer.direct_exponent)
+        part = backend(net.device).backward(
+            net.cell, trace.layers[k], cut, layer.direct, nothing, layer.direct_exponent
+        )
         check_finite(net, layer.state, part.state)
         total, alone = log_norm(layer.state[-1], layer.exponent), log_norm(part.state[-1], part.exponent)
         with np.errstate(invalid="ignore"):

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "half_lives", "panels", "ranges", "roofline"]
 __all__ = [
     "banded_lines",
     "bars",
@@ -18,16 +17,16 @@ __all__ = [
     "curves",
     "decades",
     "dots",
-    "half_lives",
+    "fit_table",
     "intervals",
     "panels",
     "plane",
+    "ranges",
     "relief",
     "roofline",
     "shares",
     "tiles",
 ]
-__all__ = ["banded_lines", "bars", "caption", "curves", "decades", "dots", "fit_table", "panels", "roofline"]
 
 #: Colour-blind safe, in a fixed order.
 PALETTE = sns.color_palette("colorblind")
