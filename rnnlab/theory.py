@@ -75,8 +75,8 @@ def linear_exponents(weight: ArrayLike) -> Floats:
 def singular_value_bound(weight: ArrayLike, slope: float = 1.0) -> float:
     """Return ln(γ σ_max(W)), which the log-norm of dL/dh_t of an RNN rises by per step of lag at most.
 
-    γ bounds the slope of its nonlinearity: 1 for tanh and relu, ¼ for sigmoid (Pascanu, Mikolov & Bengio 2013,
-    sec. 2.1). The largest singular value bounds; the spectral radius does not.
+    γ bounds the slope of its nonlinearity: 1 for tanh and relu, ¼ for sigmoid (Pascanu, Mikolov & Bengio 2013).
+    The largest singular value bounds; the spectral radius does not.
     """
     return _log(check_number("slope", slope, 0, math.inf) * float(np.linalg.norm(np.asarray(weight, np.float64), 2)))
 
@@ -104,7 +104,7 @@ def tanh_rate(gain: float, input_variance: float = 0.0) -> float:
     """Return ½ ln χ, χ = g² E tanh'²(√q z), of the random tanh RNN of `tanh_variance`, in nats per step.
 
     Both the largest Lyapunov exponent and, with the sign of growth per step of lag, the rate of ‖dL/dh_t‖ (Schoenholz
-    et al. 2017, eq. 13, for deep networks). Raises as `tanh_variance`.
+    et al. 2017, for deep networks). Raises as `tanh_variance`.
     """
     slope = _mean(lambda a: (1 - np.tanh(a) ** 2) ** 2, tanh_variance(gain, input_variance))
     return 0.5 * _log(gain**2 * slope)
@@ -144,7 +144,7 @@ def resting_rate(cell: str, gain: float, forget_bias: float = 0.0) -> float:
 
     J = a + b·W with the eigenvalues of W_hh,g of the LSTM or W_hh,n of the GRU (gaussian or, g·Q, orthogonal) in a disc
     of radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
-    ½·(1 − a) for a GRU. No other bias; Can, Krishnamurthy & Schwab (2020), sec. 4. Weak inputs change it little.
+    ½·(1 − a) for a GRU or a coupled LSTM. No other bias; Can, Krishnamurthy & Schwab (2020). Weak inputs change it little.
     Raises ValueError for a cell that is none of rnn_tanh, lstm, lstm_coupled, gru, gru_reset_before.
     """
     keep, through = _at_rest(cell, gain, forget_bias)

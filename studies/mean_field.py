@@ -7,8 +7,8 @@ h_t = tanh(W_hh h_{t−1} + u_t) with W_hh from N(0, g²/N) and noise u_t of var
 - left: every measured rate lies on the line, from strong decay to growth, which is chaos. More drive, more saturation,
   faster decay: noise suppresses the chaos that the same weights show when they are left alone;
 - right: measured less theory, with the 95 % bootstrap interval over networks. A median log-norm of N units lies below
-  mean field by some 1/N to 4/N a step, more where few units carry the gradient (large g), so that theory for N → ∞ is
-  to be judged at the larger size, where that is less than the interval; and one interval in 20 misses by chance.
+  mean field by some 1/N a step, more where few units carry the gradient (large g), so that theory for N → ∞ is to be
+  judged at the larger size, where that is less than the interval; and one interval in 20 misses by chance.
 
 The rate is fitted to the median log-norm over sequences and networks after the first fifth of the lags, loss at the
 last step. Networks are untrained: as training makes W_hh anything but random, this theory ends.
