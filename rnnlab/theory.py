@@ -144,8 +144,8 @@ def resting_rate(cell: str, gain: float, forget_bias: float = 0.0) -> float:
 
     J = a + b·W with the eigenvalues of W_hh,g of the LSTM or W_hh,n of the GRU (gaussian or, g·Q, orthogonal) in a disc
     of radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
-    ½·(1 − a) for a GRU or a coupled LSTM. No other bias; Can, Krishnamurthy & Schwab (2020). Weak inputs change it little.
-    Raises ValueError for a cell that is none of rnn_tanh, lstm, lstm_coupled, gru, gru_reset_before.
+    ½·(1 − a) for a GRU or a coupled LSTM. No other bias (Can, Krishnamurthy & Schwab 2020). Weak inputs change it
+    little; above 0 the network does not stay at rest. Raises ValueError for a cell that is none of rnn_tanh, lstm, lstm_coupled, gru, gru_reset_before.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
     return _log(keep + through)
@@ -156,6 +156,7 @@ def resting_gradient(cell: str, gain: float, lags: int, forget_bias: float = 0.0
 
     ‖(a + b W)^k v‖² = Σ_j C(k, j)² a^(2k−2j) (b g)^(2j) ‖v‖², as W^i v and W^j v are orthogonal for a random W. With
     weights drawn anew at every step it would be (a² + b² g²)^k: such theories decay too fast for a recurrent network.
+    A gaussian W of N units departs from it after about √N lags, when its own largest eigenvalues take over.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
     k = np.arange(check_positive("lags", lags) + 1)[:, None]
