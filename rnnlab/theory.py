@@ -142,10 +142,11 @@ def tanh_gradient(gain: float, fields: Floats, mean_square: float = 0.0) -> Floa
 def resting_rate(cell: str, gain: float, forget_bias: float = 0.0) -> float:
     """Return ln ρ(J) of a random network at rest, h = c = 0 without input: the rate of long lags, nats per step.
 
-    J = a + b·W with the eigenvalues of W_hh,g of the LSTM or W_hh,n of the GRU (gaussian or, g·Q, orthogonal) in a disc
-    of radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
+    J = a + b·W, the eigenvalues of W (W_hh,g of an LSTM, W_hh,n of a GRU; gaussian or, g·Q, orthogonal) in a disc of
+    radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
     ½·(1 − a) for a GRU or a coupled LSTM. No other bias (Can, Krishnamurthy & Schwab 2020). Weak inputs change it
-    little; above 0 the network does not stay at rest. Raises ValueError for a cell that is none of rnn_tanh, lstm, lstm_coupled, gru, gru_reset_before.
+    little; above 0 the network does not stay at rest. Raises ValueError for a cell that is none of rnn_tanh, lstm,
+    lstm_coupled, gru, gru_reset_before.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
     return _log(keep + through)
