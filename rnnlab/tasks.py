@@ -28,9 +28,9 @@ class Task:
     generate: compiled (rng, x, targets, lengths, order, arrays) → None; it fills x (T, B, I) and targets of sequences
     of `lengths` (B,) steps, zero past their end. A data set sets the lengths itself, takes its sequences from `arrays`
     and remembers in `order` which are still to come in this epoch. baseline: length ↦ the loss of the best prediction
-    that has no memory. A prediction is right within `tolerance`, or where its class is the likeliest; a task counts as
-    solved when a smaller share of fresh sequences than `wrong_allowed` has a wrong one. `extra_steps` are added to the
-    length, which is `least` or more.
+    that has no memory; source: who posed it. A prediction is right within `tolerance`, or where its class is the
+    likeliest; a task is solved once under `wrong_allowed` of fresh sequences have a wrong one. `extra_steps` are added
+    to the length, which is `least` or more.
     """
 
     name: str
@@ -244,48 +244,34 @@ def _adding_1997_baseline(length: int) -> float:
     return (2 - first - second) / 3 / 16
 
 
+def _numbers(name: str, generate: Any, baseline: Callable[[int], float], source: str, **options: Any) -> Task:
+    return Task(name, 2, 1, "many_to_one", "mse", generate, baseline, source, **options)
+
+
+def _classes(name: str, inputs: int, classes: int, generate: Any, source: str, least: int) -> Task:
+    kind = "many_to_one", "cross_entropy"
+    return Task(name, inputs, classes, *kind, generate, lambda length: math.log(classes), source, least=least)
+
+
 def _order(name: str, starts: tuple[float, ...], source: str) -> Task:
-    classes, generate = 2 ** len(starts), _temporal_order(name, starts)
-    return Task(name, 6, classes, "many_to_one", "cross_entropy", generate, lambda length: math.log(classes), source)
+    return _classes(name, 6, 2 ** len(starts), _temporal_order(name, starts), source, 10)
 
 
-_ONE = ("many_to_one", "mse")
-_CLASS = ("many_to_one", "cross_entropy")
-_HS = "Hochreiter & Schmidhuber (1997), Neural Computation 9(8)"
+_HS, _BSF = "Hochreiter & Schmidhuber (1997)", "Bengio, Simard & Frasconi (1994)"
+_ASB, _PMB = "Arjovsky, Shah & Bengio (2016)", "Pascanu, Mikolov & Bengio (2013)"
 
 #: Tasks by name.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "adding",
-            2,
-            1,
-            *_ONE,
-            _two_marked("adding", False),
-            lambda length: 1 / 6,
-            "Le, Jaitly & Hinton (2015), arXiv:1504.00941, with the positions of Arjovsky, Shah & Bengio (2016)",
-            tolerance=0.08,  # 0.04 in the scale of 1997, which is half of this one
-        ),
-        Task(
-            "adding_1997",
-            2,
-            1,
-            *_ONE,
-            _adding_1997,
-            _adding_1997_baseline,
-            f"{_HS}, sec. 5.4",
-            tolerance=0.04,
-            least=22,
-        ),
-        Task(
+        # 0.08 is the 0.04 of 1997, where the sum is halved.
+        _numbers("adding", _two_marked("adding", False), lambda length: 1 / 6, f"{_ASB}, sec. 4.2", tolerance=0.08),
+        _numbers("adding_1997", _adding_1997, _adding_1997_baseline, f"{_HS}, sec. 5.4", tolerance=0.04, least=22),
+        _numbers(
             "multiplication",
-            2,
-            1,
-            *_ONE,
             _two_marked("multiplication", True),
             lambda length: 1 / 9 - 1 / 16,
-            f"{_HS}, sec. 5.5, with the positions of `adding`",
+            f"{_HS}, sec. 5.5, marked as `adding`",
             tolerance=0.04,
         ),
         Task(
@@ -296,32 +282,14 @@ TASKS: dict[str, Task] = {
             "cross_entropy",
             _copying,
             lambda length: 10 * math.log(8) / (length + 20),
-            "Arjovsky, Shah & Bengio (2016), arXiv:1511.06464, sec. 4.1",
+            f"{_ASB}, sec. 4.1",
             extra_steps=20,
             least=1,
         ),
-        _order("temporal_order", (0.1, 0.5), f"{_HS}, task 6a; Pascanu, Mikolov & Bengio (2013), sec. 4.1"),
-        _order("temporal_order_3", (0.1, 0.3, 0.6), f"{_HS}, task 6b; positions of Pascanu et al.'s program"),
-        _order("temporal_order_4", (0.1, 0.3, 0.5, 0.7), "task 6b of Hochreiter & Schmidhuber (1997), one more symbol"),
-        Task(
-            "parity",
-            1,
-            2,
-            *_CLASS,
-            _parity,
-            lambda length: math.log(2),
-            "Bengio, Simard & Frasconi (1994), IEEE Transactions on Neural Networks 5(2)",
-            least=1,
-        ),
-        Task(
-            "noisy_recall",
-            1,
-            2,
-            *_CLASS,
-            _noisy_recall,
-            lambda length: math.log(2),
-            f"{_HS}, task 3a (the 2-sequence problem of Bengio, Simard & Frasconi 1994)",
-            least=4,
-        ),
+        _order("temporal_order", (0.1, 0.5), f"{_HS}, task 6a; {_PMB}, sec. 4.1"),
+        _order("temporal_order_3", (0.1, 0.3, 0.6), f"{_HS}, task 6b, with the positions of the program of {_PMB}"),
+        _order("temporal_order_4", (0.1, 0.3, 0.5, 0.7), f"{_HS}, task 6b, with one more symbol"),
+        _classes("parity", 1, 2, _parity, _BSF, 1),
+        _classes("noisy_recall", 1, 2, _noisy_recall, f"{_HS}, task 3a, the 2-sequence problem of {_BSF}", 4),
     )
 }

@@ -23,12 +23,12 @@ _GPU = ("cuda", "plan", "ptx")
 
 
 @cache
-def _source_hash() -> str:
-    """Hash every file whose code ends up inside a kernel; Numba itself watches only the file of the outer function."""
+def _source_hash(outer: str) -> str:
+    """Hash every file whose code ends up inside a kernel; Numba itself watches only that of the outer function."""
     digest = hashlib.sha256()
-    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses", "optim", "tasks")]
+    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses")]
     kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if path.stem not in _GPU]
-    for path in [*scalar, *kernels]:
+    for path in [*scalar, *kernels, Path(outer)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -45,7 +45,8 @@ class _KernelCache(FunctionCache):
         super().__init__(py_func)
         self._variant = variant
         self.label, self.started = f"{py_func.__name__} ({variant})", 0.0
-        self._cache_file = IndexDataCacheFile(self.cache_path, f"{self._impl.filename_base}-{variant}", _source_hash())
+        name, source = f"{self._impl.filename_base}-{variant}", _source_hash(py_func.__code__.co_filename)
+        self._cache_file = IndexDataCacheFile(self.cache_path, name, source)
 
     def _index_key(self, sig, codegen):
         return sig, codegen.magic_tuple(), self._variant

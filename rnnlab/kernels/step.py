@@ -159,38 +159,32 @@ def _omega_kernel(dtype: np.dtype[Any]) -> Any:
         Ω is the mean over all steps t and sequences of (‖δ_{t+1} ∂a_{t+1}/∂a_t‖ / ‖δ_{t+1}‖ − 1)², with δ_t = dL/da_t:
         Pascanu, Mikolov & Bengio (2013), eq. 9, and for the immediate derivative, δ and a held, eq. 10.
         """
-        units_of, back, packed, zero, scratch = work
-        (T, units, B), H = saved.shape[:3], weight.shape[0]
-        flat, products, rows, row = units_of.reshape(-1), back.reshape(-1), (T - 1) * B, units * V
-        count = 0
-        for n in range(rows):
-            t, b = n // B, n % B
-            square = 0.0
+        delta, back, norms, packed, zero, scratch = work
+        units, B, H, rows = saved.shape[1], saved.shape[2], weight.shape[0], len(delta)
+        left, right, row = delta.reshape(-1), back.reshape(-1), delta.shape[1]
+        count, total = 0, 0.0
+        for n in range(rows):  # δ_{t+1} of length 1, or of zeros where it does not count
+            t, b, square = n // B, n % B, 0.0
             for j in range(H):
-                flat[n * row + j] = d_h[t + 2, b, j] * saved[t + 1, j // V, b, 0, j % V]
-                square += np.float64(flat[n * row + j]) ** 2
-            norm = np.sqrt(square) if t + 1 < lengths[b] else 0.0
-            counts = norm > _VANISHED
-            count += counts
-            scale = dtype.type(1 / norm) if counts else dtype.type(0)
+                delta[n, j] = d_h[t + 2, b, j] * saved[t + 1, j // V, b, 0, j % V]
+                square += np.float64(delta[n, j]) ** 2
+            counts = t + 1 < lengths[b] and np.sqrt(square) > _VANISHED
+            norms[n], count = np.sqrt(square) if counts else 0.0, count + counts
             for j in range(H):
-                flat[n * row + j] = flat[n * row + j] * scale if counts else dtype.type(0)
+                delta[n, j] = delta[n, j] * dtype.type(1 / norms[n]) if counts else dtype.type(0)
         pack_columns(packed, 0, weight, 1, 1, most, 0, units)
-        columns_times(products, 0, H, address(zero, 0), address(flat, 0), row, address(packed, 0), H, rows, scratch)
-        total = 0.0
+        columns_times(right, 0, H, address(zero, 0), address(left, 0), row, address(packed, 0), H, rows, scratch)
         for n in range(rows):
-            t, b = n // B, n % B
-            square, moves = 0.0, False
+            t, b, square = n // B, n % B, 0.0
             for j in range(H):
                 back[n, j] *= saved[t, j // V, b, 0, j % V]
                 square += np.float64(back[n, j]) ** 2
-                moves |= flat[n * row + j] != 0
             ratio = np.sqrt(square)
-            total += (ratio - 1) ** 2 if moves else 0.0
+            total += (ratio - 1) ** 2 if norms[n] > 0 else 0.0
             factor = dtype.type(2 * alpha * (ratio - 1) / (ratio * count)) if ratio > 0 else dtype.type(0)
             for j in range(H):
                 back[n, j] *= factor * saved[t, j // V, b, 0, j % V]
-        add_product(d_weight, flat, 0, row, 1, (0, 1), products, 0, H, rows, (0, units), scratch)
+        add_product(d_weight, left, 0, row, 1, (0, 1), right, 0, H, rows, (0, units), scratch)
         figures[0] = total / count if count else 0.0
 
     return omega
@@ -201,10 +195,9 @@ def prepare_omega(
 ) -> Bound:
     """Return what adds α ∂⁺Ω/∂W_hh to d_weight after BPTT: saved of the layer's trace, d_h (T+1, B, H) its gradient."""
     dtype, (T, units, B, _, V), H = weight.dtype, saved.shape, len(weight)
-    rows = max(0, (T - 1) * B)
-    rooms = empty((rows, units * V), dtype), empty((rows, H), dtype)
-    work = *rooms, empty((H * units * V,), dtype), np.zeros(units * V, dtype), empty((scratch_size(H, V),), dtype)
-    work[0][:] = 0
+    rows, lanes = (T - 1) * B, units * V
+    rooms = np.zeros((rows, lanes), dtype), empty((rows, H), dtype), np.zeros(rows), empty((H * lanes,), dtype)
+    work = *rooms, np.zeros(lanes, dtype), empty((scratch_size(H, V),), dtype)
     return bind(_omega_kernel(dtype), saved, d_h, lengths, weight, d_weight, work, alpha, figures)
 
 
