@@ -326,6 +326,7 @@ class _Run:
         self.rng = generator(seed, "training")
         self.order = np.zeros(1 + (task.arrays[0].shape[1] if task.arrays else 0), np.int64)
         step.feed(task, self.rng, self.order, span)
+        step.run(0)  # compiled before it is timed
 
     @property
     def done(self) -> int:
