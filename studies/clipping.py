@@ -40,7 +40,7 @@ RULES: dict[str, tuple[type[rules.ClippingRule], tuple[float, ...]]] = {
     "pre-activations": (rules.AtPreActivations, (0.0001, 0.001, 0.01)),
 }
 OPTIMISERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "SGD": (SGD, (0.03, 0.3, 3.0)),
+    "SGD": (SGD, (0.003, 0.03, 0.3, 3.0)),
     "Adam": (Adam, (0.001, 0.01, 0.1)),
 }
 TASK, HIDDEN, BATCH = TASKS["temporal_order"], 50, 20
@@ -52,7 +52,7 @@ def grid(quick: bool) -> list[dict[str, Any]]:
     sweep: list[dict[str, Any]] = [
         {"part": "solved", "optimiser": name, "learning_rate": rate, "rule": rule, "threshold": top}
         for name, (_, rates) in OPTIMISERS.items()
-        for rate in (rates[1:2] if quick else rates)
+        for rate in (rates[-2:-1] if quick else rates)
         for rule, top in (ways[::3] if quick else ways)
     ]
     points = [point | {"updates": 300 if quick else 3_000} for point in sweep]
