@@ -57,8 +57,8 @@ def contributions(
     C[t, k] = Σ_b (∂L_t/∂s_t)(∂s_t/∂s_k)(∂⁺s_k/∂W), s the state of sequence b and ∂⁺ the derivative within step k alone
     (Pascanu, Mikolov & Bengio 2013, eq. 3–5), W the parameters of the last layer. Every t has an adjoint of its own, in
     powers of two, so that nothing underflows at any lag: T·(T + 1)/2 steps of BPTT, in memory that grows with T but for
-    the results. Arguments and errors as `gradient_flow`, and ValueError for a bidirectional network or one on
-    a GPU.
+    the results. Within one step the range of the dtype remains: `gradient_flow` says where that loses digits. Arguments
+    and errors otherwise as there, and ValueError for a bidirectional network or one on a GPU.
     """
     net = model.rnn
     if net.bidirectional or net.device != "cpu":

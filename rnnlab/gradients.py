@@ -18,6 +18,7 @@ __all__ = [
     "Decay",
     "GradientFlow",
     "align",
+    "check_adjoint",
     "check_finite",
     "decay",
     "gradient_flow",
@@ -163,9 +164,7 @@ def gradient_flow(
     trace, d_output, _ = run_to_loss(model, x, targets, loss_at, lengths, state)
     layers, dx, dx_exponent = net.backpropagate(trace, d_output, scaled=True)
     single, direct_dx, direct_dx_exponent = net.direct(trace, layers)
-    check_finite(net, *(layer.state for layer in layers))
-    if any(map(_loses_digits, layers)):
-        warnings.warn(f"slopes of saturated units lose digits in {net.dtype}", RuntimeWarning, stacklevel=2)
+    check_adjoint(net, *layers)
     T, B, _ = trace.output.shape
     past = np.arange(T + 1)[:, None] > trace.lengths
 
@@ -212,6 +211,13 @@ def check_finite(net: Recurrent, *arrays: Array) -> None:
     """Raise ValueError for states or gradients that are not finite."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError(f"model must have finite states and gradients, those of {net!r} overflow {net.dtype}")
+
+
+def check_adjoint(net: Recurrent, *layers: LayerGradients) -> None:
+    """Raise ValueError for scaled adjoints that are not finite; a RuntimeWarning says where a step lost digits."""
+    check_finite(net, *(layer.state for layer in layers))
+    if any(map(_loses_digits, layers)):
+        warnings.warn(f"slopes of saturated units lose digits in {net.dtype}", RuntimeWarning, stacklevel=3)
 
 
 def align(values: Floats, lengths: NDArray[np.int64]) -> Floats:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, log_expit
 
 from .checks import check_positive, generator
-from .gradients import align, check_finite, log_norm, run_to_loss
+from .gradients import align, check_adjoint, log_norm, run_to_loss
 from .kernels import backend
 from .model import SequenceModel
 from .rnn import Recurrent, State
@@ -66,7 +66,7 @@ def memory_path(
         part = backend(net.device).backward(
             net.cell, trace.layers[k], cut, layer.direct, nothing, layer.direct_exponent
         )
-        check_finite(net, layer.state, part.state)
+        check_adjoint(net, layer, part)
         total, alone = log_norm(layer.state[-1], layer.exponent), log_norm(part.state[-1], part.exponent)
         with np.errstate(invalid="ignore"):
             share = (_unit(part.state[-1]) * _unit(layer.state[-1])).sum(axis=-1) * np.exp(alone - total)
@@ -173,7 +173,7 @@ def survival(
                 d_final = np.zeros((S, B, H), net.dtype)
                 d_final[s] = _unit(rng.normal(size=(B, H)))
                 back = backend(net.device).backward(net.cell, layer, net.weights(k), nothing, d_final, exponent)
-                check_finite(net, back.state)
+                check_adjoint(net, back)
                 total = np.logaddexp(total, 2 * log_norm(back.state, back.exponent))
             for perturbed, squares in zip(net.cell.states, total, strict=True):
                 found[k][perturbed, seen] = align(0.5 * (squares - np.log(count)), trace.lengths)

@@ -65,7 +65,7 @@ STREAMS, STEPS, BATCH, LEARNING_RATE = 2000, 64, 32, 0.003
 
 def grid(quick: bool) -> list[dict[str, Any]]:
     lengths = [50, 100, 200] if quick else [50, 100, 200, 500, 1000]
-    size = {"hidden_size": 64, "batch": 16, "networks": 5 if quick else 20, "updates": 300 if quick else 3000}
+    size = {"hidden_size": 64, "batch": 16, "networks": 5 if quick else 20, "updates": 300 if quick else 1000}
     points: list[tuple[Any, ...]] = [
         (c, t, x, w, None) for c in CELLS for t in lengths for x in SAMPLERS for w in ("uniform", "orthogonal")
     ]
