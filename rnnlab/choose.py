@@ -18,7 +18,7 @@ from .model import SequenceModel
 from .rnn import Recurrent
 from .timing import interleave, wall_clock
 
-__all__ = ["Job", "choose", "evidence"]
+__all__ = ["Job", "choose", "evidence", "words"]
 
 #: What studies have found of quality at equal parameters, one row a topology and cell: `skill`, the share of the
 #: baseline's error that training removed, its interval `low_skill` to `high_skill`, and the number of `tasks`.

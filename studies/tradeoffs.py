@@ -103,7 +103,7 @@ def plot(frame: pd.DataFrame) -> Figure:
             label = "time / LSTM's time" if row else f"time of a {unit} [µs]"
             ax.set(xlabel=sweep.replace("_", " "), ylabel=label, title=scope)
             if row:
-                ax.set(yscale="linear", ylim=(0, 1.5))
+                ax.set(yscale="linear", ylim=(0, None))
                 ax.axhline(0.75, color="k", linestyle="--", linewidth=1)
             if (legend := ax.get_legend()) and (row or column):
                 legend.remove()
