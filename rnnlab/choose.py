@@ -25,7 +25,7 @@ __all__ = ["Job", "choose", "evidence", "words"]
 EVIDENCE = Path(__file__).with_name("evidence.csv")
 
 #: What is measured has at least twice so many steps, and as many as take so many seconds, if sequences are as long.
-SHORTEST, LONG_ENOUGH = 32, 0.02
+SHORTEST, LONG_ENOUGH = 32, 0.05
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Job:
         probe()  # compiled, and its memory taken
         steps = min(length, max(2 * first, int(first * LONG_ENOUGH / wall_clock(probe))))
         calls = {str(n): self.call(model, n) for n in ((steps,) if steps == length else (steps // 2, steps))}
-        less, *more = (float(np.quantile(times, 0.25)) for times in interleave(calls, seconds=0.1, pause=0).values())
+        less, *more = (float(np.quantile(times, 0.25)) for times in interleave(calls, seconds=0.2, pause=0).values())
         if not more:
             return less
         step = np.clip((more[0] - less) / (steps - steps // 2), 0.5 * more[0] / steps, more[0] / steps)

@@ -29,7 +29,7 @@ def law(monkeypatch):
 
     monkeypatch.setattr(Job, "call", call)
     monkeypatch.setattr(choose, "wall_clock", lambda call: call())
-    times = {"seconds": 0.1, "pause": 0}
+    times = {"seconds": 0.2, "pause": 0}
     monkeypatch.setattr(
         choose, "interleave", lambda calls, **k: {n: np.full(7, c()) for n, c in calls.items() if k == times}
     )
@@ -41,7 +41,7 @@ def test_time_follows_the_line_through_two_sequences(law, length):
     job = Job("many_to_many", length, 4)
     # In float64: a few roundings
     assert job.seconds("lstm", 50) == pytest.approx(1e-3 + 1e-6 * 4 * 50 * length, rel=1e-12)
-    assert max(law) <= max(64, 0.02 / (1e-6 * 4 * 50))  # no longer than needed
+    assert max(law) <= max(64, 0.05 / (1e-6 * 4 * 50))  # no longer than needed
 
 
 def test_one_step_is_one_step(law):
