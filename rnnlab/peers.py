@@ -196,7 +196,7 @@ def _prepare_cuda(problem: Problem) -> Run:
 
     def result() -> Results:
         work()
-        return {name: array.get().astype(np.float64) for name, array in arrays.items()}
+        return {name: kernels.on_host(array).astype(np.float64) for name, array in arrays.items()}
 
     return Run(kernels.capture(work), result)
 

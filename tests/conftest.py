@@ -128,8 +128,8 @@ def double_arithmetic(llvm):
 
 def full_chip(*problem, **options):
     """A GPU that has no register for a weight of this plan, and shared memory for some of them if not for all."""
-    for shared in range(64, 60_000, 64):
-        chip = Chip((9, 0), 4, shared, 0)
+    for shared in np.geomspace(64, 232_448, 400):
+        chip = Chip((9, 0), 4, int(shared), 0)
         with contextlib.suppress(ValueError):
             made = plan(*problem, chip=chip, **options)
             if any(product.kept for product in made.products) or all(product.chunks == 1 for product in made.products):

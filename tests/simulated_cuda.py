@@ -5,13 +5,14 @@ import naive
 import numpy as np
 import pytest
 from conftest import TOLERANCE, full_chip, random_network, random_state, relative_error
-from test_kernels_cpu import worst
+from test_kernels_cpu import errors, run_both, worst
 
 from rnnlab import CELLS, Inference, Recurrent, SequenceModel, TrainingStep, gradient_flow
+from rnnlab.costs import Shape
 from rnnlab.kernels import cuda
 from rnnlab.kernels.plan import Chip, plan
 from rnnlab.kernels.ptx import SIMULATED
-from rnnlab.peers import DTYPES
+from rnnlab.peers import DTYPES, NotApplicable, Problem, prepare_rnnlab, tolerance, worst_error
 
 assert SIMULATED
 gpu_simulator.install()
@@ -109,49 +110,46 @@ def test_tensor_cores_equal_the_textbook(cell, arithmetic, tiers, blocks, thread
     assert found[1] <= 12 * DTYPES[arithmetic] * np.sqrt(T), found
 
 
-def on_both(cell, **options):
-    """The same network on either device."""
-    return [random_network(cell, 3, 5, **options, seed=5)[0] for options in (options, options | {"device": "cuda"})]
-
-
 @pytest.mark.parametrize(("cell", "name"), [("lstm", "cluster"), ("gru_reset_before", "grid")])
-def test_networks_give_the_same_on_either_device(cell, name, layout):
+def test_networks_equal_the_textbook(cell, name, layout):
     layout(name)
-    nets, rng = on_both(cell, num_layers=2, bidirectional=True), np.random.default_rng(6)
-    x, d_output = rng.normal(size=(4, 3, 3)), rng.normal(size=(4, 3, 10))
-    traces = [net.forward(x, lengths=[3, 1, 4]) for net in nets]
-    plain = [net.backward(trace, d_output) for net, trace in zip(nets, traces, strict=True)]
-    assert relative_error(traces[1].output, traces[0].output) <= TOLERANCE
-    assert relative_error(plain[1].params.flat, plain[0].params.flat) <= TOLERANCE
-    for k in range(4):
-        assert relative_error(plain[1].h[k], plain[0].h[k]) <= TOLERANCE
-        args = zip(nets, traces, strict=True)
-        one, other = (net.jacobian(trace, 2, k) for net, trace in args)
-        assert relative_error(other, one) <= TOLERANCE
-    lean = nets[1].forward(x, lengths=[3, 1, 4], keep=False)
-    np.testing.assert_array_equal(lean.output, traces[1].output)
+    net, params = random_network(cell, 3, 5, 2, bidirectional=True, device="cuda", seed=5)
+    got, want = run_both(net, params, 4, 3, lengths=[3, 1, 4], rng=np.random.default_rng(6))
+    assert worst(errors(got, want))[1] <= TOLERANCE
+    lean = net.forward(got[0].layers[0].x, got[0].final, [3, 1, 4], keep=False)
+    kept = net.forward(got[0].layers[0].x, got[0].final, [3, 1, 4])
+    np.testing.assert_array_equal(lean.output, kept.output)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_jacobian_equals_the_textbook(cell, layout):
+    layout("one block")
+    net, params = random_network(cell, 3, 5, device="cuda", seed=5)
+    x = np.random.default_rng(6).normal(size=(3, 2, 3))
+    trace = net.forward(x)
+    old = [states[0][1, 1] for states in (trace.h, trace.c) if states]
+    exact = naive.jacobian(cell, naive.layer_params(params, 0, 1), x[1, 1], *old)
+    assert relative_error(net.jacobian(trace, 1)[1], exact) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("cell", "name"), [("lstm", "cluster"), ("lstm", "grid"), ("gru_reset_before", "grid")])
-def test_scaled_adjoint_and_its_direct_part_equal_those_of_the_cpu(cell, name, layout):
+def test_scaled_adjoint_equals_the_textbook(cell, name, layout):
     layout(name)
-    nets, rng = on_both(cell, num_layers=2), np.random.default_rng(7)
+    net, params = random_network(cell, 3, 5, 2, device="cuda", seed=5)
+    rng = np.random.default_rng(7)
     x, d_output = rng.normal(size=(5, 3, 3)), rng.normal(size=(5, 3, 5))
-    d_output[:, 1] *= 1e-200
-    found = []
-    for net in nets:
-        trace = net.forward(x, lengths=[5, 3, 4])
-        layers, dx, exponent = net.backpropagate(trace, d_output, scaled=True)
-        single, direct_dx, direct_exponent = net.direct(trace, layers)
-        arrays = [(layer.state, layer.exponent[:, :, None]) for layer in (*layers, *single)]
-        arrays += [(dx, exponent[:, :, None]), (direct_dx, direct_exponent[:, :, None])]
-        found.append([np.ldexp(*pair) for pair in arrays])
-        for layer in layers:
-            largest = np.abs(layer.state[:, 1:]).max(axis=(0, 3))
-            assert (largest[largest > 0] < 2).all()
-    for got, want in zip(*reversed(found), strict=True):
-        for b in range(want.shape[-2] if want.ndim == 3 else 1):  # sequences have different scales
-            assert relative_error(got[..., b, :], want[..., b, :]) <= TOLERANCE
+    d_output[:, 1] *= 1e-200  # sequences have scales of their own
+    trace = net.forward(x, lengths=[5, 3, 4])
+    layers, dx, exponent = net.backpropagate(trace, d_output, scaled=True)
+    exact = naive.backward(naive.forward(cell, params, x, None, [5, 3, 4], 2), d_output)
+    pairs = [(np.ldexp(dx, exponent[:, :, None]), exact.x)]
+    for layer, *states in zip(layers, *(kind for kind in (exact.h, exact.c) if kind), strict=True):
+        pairs += zip(np.ldexp(layer.state, layer.exponent[:, :, None]), states, strict=True)
+        largest = np.abs(layer.state[:, 1:]).max(axis=(0, 3))
+        assert (largest[largest > 0] < 2).all()  # a sum of two numbers below 1
+    for got, want in pairs:
+        for b in range(3):
+            assert relative_error(got[:, b], want[:, b]) <= TOLERANCE
 
 
 def test_scaled_adjoint_does_not_underflow(layout):
@@ -172,7 +170,8 @@ def test_models_and_gradient_flow_run_on_the_device(layout):
     layout("one block")
     flows, losses = [], []
     x, targets = np.random.default_rng(8).normal(size=(6, 2, 3)), np.array([1, 0])
-    for net in on_both("lstm"):
+    for device in ("cpu", "cuda"):
+        net, _ = random_network("lstm", 3, 5, device=device, seed=5)
         model = SequenceModel(net, 2, seed=9)
         losses.append(model.loss_and_gradients(x, targets))
         flows.append(gradient_flow(model, x, targets))
@@ -185,3 +184,18 @@ def test_models_and_gradient_flow_run_on_the_device(layout):
         TrainingStep(model, 6, 2, learning_rate=0.1)
     with pytest.raises(ValueError, match="net must be on the CPU, got Recurrent"):
         Inference(net, 6, 2)
+
+
+@pytest.mark.parametrize(("scope", "dtype"), [("forward", "float32"), ("training", "float32"), ("training", "bf16")])
+def test_what_is_compared_with_peers_is_right(scope, dtype, layout, monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "warps", {"tiers": "A", "blocks": (1,), "threads": (64,)})
+    layout("warps")
+    problem = Problem(Shape("lstm", 3, 2, 3, 5), scope, dtype, "cuda")
+    run = prepare_rnnlab(problem)
+    run.call()
+    exact = prepare_rnnlab(Problem(problem.shape, "training", "float64")).result()
+    exact = exact if scope == "training" else {"output": exact["output"]}
+    assert run.result().keys() == exact.keys()
+    assert worst_error(run.result(), exact) <= tolerance(problem)
+    with pytest.raises(NotApplicable, match="not in whole steps"):
+        prepare_rnnlab(Problem(problem.shape, "step", dtype, "cuda"))

@@ -35,7 +35,7 @@ from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, dev
 #: CuPy; where there is none kernels can still be compiled, and that is all, see `kernels.backend`.
 xp: Any = np if SIMULATED or importlib.util.find_spec("cupy") is None else importlib.import_module("cupy")
 
-__all__ = ["Launch", "backward", "capture", "chip", "chunk_steps", "direct", "forward", "jacobian", "limits"]
+__all__ = ["Launch", "backward", "capture", "chip", "chunk_steps", "direct", "forward", "jacobian", "limits", "on_host"]
 __all__ += ["prepare_backward", "prepare_forward", "warmup"]
 
 #: The exponent of a step at which all is zero so far.
@@ -724,16 +724,19 @@ def _on_device(array: Any) -> Array:
     return xp.ascontiguousarray(xp.asarray(array))  # CuPy stages large copies in pinned memory
 
 
-def _like(result: Array, given: Any) -> Array:
-    """Return a result where the input was: on the device, or copied to pinned memory of the host."""
-    if SIMULATED or not isinstance(given, np.ndarray):
-        return result
-    if result.size == 0:
-        return np.empty(result.shape, result.dtype)
-    import cupyx
+def on_host(array: Array) -> Array:
+    """Return a device array copied to pinned memory of the host."""
+    if SIMULATED:
+        return array
+    if array.size == 0:
+        return np.empty(array.shape, array.dtype)
+    host = importlib.import_module("cupyx").empty_pinned(array.shape, array.dtype)
+    return array.get(out=host)
 
-    host: Array = cupyx.empty_pinned(result.shape, result.dtype)
-    return result.get(out=host)
+
+def _like(result: Array, given: Any) -> Array:
+    """Return a result where the input was, on the device or the host."""
+    return on_host(result) if isinstance(given, np.ndarray) else result
 
 
 def _packed(made: Plan, weight_hh: Array, dtype: Any) -> tuple[list[Array], list[Launch]]:
@@ -915,13 +918,17 @@ def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array
 
 def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Array:
     """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), put together on the host by `cpu.jacobian`."""
-    saved = trace.saved[t : t + 1]
-    saved = saved if SIMULATED else xp.asnumpy(saved)
-    return cpu.jacobian(cell, trace._replace(saved=saved, lengths=trace.lengths - t), weights, 0)
+    one_step = trace._replace(saved=on_host(trace.saved[t : t + 1]), lengths=trace.lengths - t)
+    return cpu.jacobian(cell, one_step, weights, 0)
 
 
 def capture(run: Run) -> Run:
-    """Return `run` as one CUDA graph: all its launches at once. What it needs must be allocated."""
+    """Return `run` as one CUDA graph: all its launches at once. What it needs must be allocated.
+
+    The simulator has no graphs.
+    """
+    if SIMULATED:
+        return run
     stream = xp.cuda.Stream(non_blocking=True)
     with stream:
         run()
