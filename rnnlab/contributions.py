@@ -12,7 +12,7 @@ from .kernels.contributions import contributions as measure
 from .model import SequenceModel
 from .rnn import State
 
-__all__ = ["Contributions", "contributions"]
+__all__ = ["Contributions", "contribution_matrix"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -43,7 +43,7 @@ class Contributions:
         return pd.DataFrame({"lag_steps": lags, "log_norm_nats": 0.5 * np.array(energy), "share": share})
 
 
-def contributions(
+def contribution_matrix(
     model: SequenceModel,
     x: Array,
     targets: Array,

@@ -9,7 +9,7 @@ from conftest import TOLERANCE, random_network, relative_error
 
 import rnnlab
 from rnnlab import kernels
-from rnnlab.contributions import contributions
+from rnnlab.contributions import contribution_matrix
 
 
 def random_model(cell, *, hidden_size=5, layers=1, dtype="float64", scale=0.5, topology="many_to_many", bias=True):
@@ -49,7 +49,7 @@ def slow(model, x, targets, lengths):
 
 def check(model, x, targets, lengths=None, tolerance=TOLERANCE):
     expected = slow(model, x, targets, lengths)
-    got = contributions(model, x, targets, lengths=lengths)
+    got = contribution_matrix(model, x, targets, lengths=lengths)
     gradients = model.loss_and_gradients(x, targets, lengths).params
     squares = dots = 0
     for name, every in expected.items():
@@ -98,7 +98,7 @@ def test_float32():
 def test_loss_at_the_last_step_has_one_contribution_a_lag():
     model = random_model("gru", topology="many_to_one")
     x, targets = random_data(model, 6, 3, every=False)
-    got = contributions(model, x, targets, "last")
+    got = contribution_matrix(model, x, targets, "last")
     assert np.isneginf(got.log_norms["all"][:5]).all()
     by_lag = got.by_lag()
     np.testing.assert_array_equal(by_lag["lag_steps"], np.arange(6))
@@ -115,7 +115,7 @@ def test_loss_at_the_last_step_has_one_contribution_a_lag():
 
 def test_lags_add_up_by_energy_and_by_share():
     model = random_model("lstm")
-    got = contributions(model, *random_data(model, 5, 2))
+    got = contribution_matrix(model, *random_data(model, 5, 2))
     by_lag = got.by_lag("weight_hh_l0")
     energy = np.exp(2 * got.log_norms["weight_hh_l0"])
     expected = [sum(energy[t, t - lag] for t in range(lag, 5)) for lag in range(5)]
@@ -131,7 +131,7 @@ def test_long_lags_do_not_underflow_in_float32():
     net.params["bias_ih_l0"] = np.ones(8, np.float32)  # keeps every unit on its linear side
     model = rnnlab.SequenceModel(net, 1, "many_to_one", "mse", seed=0)
     x, targets = np.zeros((steps, 2, 1), np.float32), np.ones((2, 1), np.float32)
-    norms = contributions(model, x, targets, "last").log_norms["bias_ih_l0"][-1]
+    norms = contribution_matrix(model, x, targets, "last").log_norms["bias_ih_l0"][-1]
     # 400 products, each rounded to 6e-8
     np.testing.assert_allclose(norms[-1] - norms[::-1], 0.5 * np.arange(steps), atol=400 * 6e-8)
 
@@ -143,7 +143,7 @@ def test_threads_change_no_bit():
         results = []
         for count in (1, 3):
             kernels.set_threads(count)
-            results.append(contributions(model, *data))
+            results.append(contribution_matrix(model, *data))
     finally:
         kernels.set_threads(before)
     for name, norms in results[0].log_norms.items():
@@ -154,7 +154,7 @@ def test_threads_change_no_bit():
 def test_a_gradient_of_zero_has_no_shares():
     model = random_model("rnn_tanh", topology="many_to_one")
     model.params["readout.weight"][...] = 0
-    got = contributions(model, *random_data(model, 3, 2, every=False), "last")
+    got = contribution_matrix(model, *random_data(model, 3, 2, every=False), "last")
     assert np.isnan(got.shares["all"]).all()
     assert np.isneginf(got.log_norms["all"]).all()
 
@@ -163,17 +163,17 @@ def test_what_cannot_be_measured_is_refused():
     data = np.zeros((3, 2, 3)), np.zeros((2, 2))
     both = rnnlab.SequenceModel(rnnlab.Recurrent("gru", 3, 4, bidirectional=True, dtype="float64"), 2, loss="mse")
     with pytest.raises(ValueError, match="model must have one direction"):
-        contributions(both, *data, "last")
+        contribution_matrix(both, *data, "last")
     with pytest.raises(ValueError, match="many_to_many, got encoder_decoder"):
-        contributions(random_model("gru", topology="encoder_decoder"), *data)
-    got = contributions(random_model("gru", topology="many_to_one"), *data, "last")
+        contribution_matrix(random_model("gru", topology="encoder_decoder"), *data)
+    got = contribution_matrix(random_model("gru", topology="many_to_one"), *data, "last")
     with pytest.raises(ValueError, match=r"parameter must be one of .*, all, got 'weight_hh'"):
         got.by_lag("weight_hh")
     net = rnnlab.RNN(1, 4, nonlinearity="relu", seed=0)
     net.initialise("identity", "zeros", gain=100.0, seed=0)
     model = rnnlab.SequenceModel(net, 1, "many_to_one", "mse", seed=0)
     with pytest.raises(ValueError, match="overflow float32"):
-        contributions(
+        contribution_matrix(
             model,
             np.zeros((50, 1, 1), np.float32),
             np.ones((1, 1), np.float32),
