@@ -61,8 +61,8 @@ class Application:
     origin names its data in `datasets.ORIGINS`; topology and loss are those of `SequenceModel`; metric: "accuracy",
     "bits a symbol" (the loss in bits) or "squared error" (in variances of the training part); trivial: the prediction
     without learning that the baseline comes from: "majority" (the commonest class), "unigram" (the frequencies of the
-    symbols) or "persistence" (the last value, or the mean if that is better); build makes the sequences, and its
-    docstring says how, and how they are split.
+    symbols), "no change" (of what is forecast) or "persistence" (the last frame, or the mean one if that is better);
+    build makes the sequences, and its docstring says how, and how they are split.
     """
 
     name: str
@@ -157,14 +157,15 @@ def _unigram(train: Part, test: Part) -> float:
     return float(-np.log2(counts / counts.sum())[told].mean())
 
 
+def _no_change(train: Part, test: Part) -> float:
+    return float(np.mean(test.targets**2))
+
+
 def _persistence(train: Part, test: Part) -> float:
-    """What is to be forecast are the first inputs: those of the last step, or their mean in training."""
-    now, outputs = test.x if test.targets.ndim == 3 else test.x[-1], test.targets.shape[-1]
-    mean = train.targets.reshape(-1, outputs).mean(axis=0)
-    return float(min(np.mean((guess - test.targets) ** 2) for guess in (now[..., :outputs], mean)))
+    return float(min(np.mean((guess - test.targets) ** 2) for guess in (test.x, train.targets.mean(axis=(0, 1)))))
 
 
-_TRIVIAL = {"majority": _majority, "unigram": _unigram, "persistence": _persistence}
+_TRIVIAL = {"majority": _majority, "unigram": _unigram, "no change": _no_change, "persistence": _persistence}
 
 
 # From data to sequences ---------------------------------------------------------------------------------------------
@@ -222,11 +223,11 @@ def _standardised(values: Array, train: int) -> Array:
 
 
 def _forecast(values: Array, steps: int, ends: tuple[int, int]) -> _Built:
-    """Return windows of `steps` days and the first column of the day after; `ends` are the days that split them."""
+    """Return windows of `steps` days and how the first column changes to the day after, split at the days `ends`."""
     day = np.arange(steps, len(values))
     train, validation, test = np.split(np.arange(len(day)), np.searchsorted(day, ends))
     x = np.stack([values[start : start + len(day)] for start in range(steps)])
-    return _Built(x, values[steps:, :1], np.full(len(day), steps), (train, validation, test))
+    return _Built(x, np.diff(values[steps - 1 :, :1], axis=0), np.full(len(day), steps), (train, validation, test))
 
 
 # The applications ---------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ APPLICATIONS: dict[str, Application] = {}
 
 _BITS = ("cross_entropy", "bits a symbol", "unigram")
 _LABEL = ("many_to_one", "cross_entropy", "accuracy", "majority")
-_FORECAST = ("mse", "squared error", "persistence")
+_FORECAST = ("many_to_one", "mse", "squared error", "no change")
 
 
 def _application(
@@ -304,7 +305,7 @@ def _translation(longest: int = 40) -> _Built:
     return _Built(_one_hot(numbers, len(letters)), targets, lengths, _in_turns(len(pairs)), symbols, target_lengths)
 
 
-@_application("weather: tomorrow's maximum temperature", "daily_weather", "many_to_one", *_FORECAST)
+@_application("weather: tomorrow's maximum temperature, less today's", "daily_weather", *_FORECAST)
 def _weather(steps: int = 14) -> _Built:
     """14 days of maximum, minimum, precipitation and wind, standardised, and the season. 2012 and 2013 train, 2014
     validates, 2015 tests."""
@@ -317,7 +318,7 @@ def _weather(steps: int = 14) -> _Built:
 
 
 @_application(
-    "stocks: tomorrow's range between highest and lowest price, ln ln(high / low)", "sp500", "many_to_one", *_FORECAST
+    "stocks: tomorrow's range between highest and lowest price, ln ln(high / low), less today's", "sp500", *_FORECAST
 )
 def _stocks(steps: int = 22) -> _Built:
     """22 days of the range and of the returns, standardised: the size of returns can be forecast, their sign cannot.
@@ -393,7 +394,9 @@ def _captions(side: int = 10, longest: int = 40) -> _Built:
     "moving images: the next frame of a digit that bounces within the picture",
     "digit_images",
     "many_to_many",
-    *_FORECAST,
+    "mse",
+    "squared error",
+    "persistence",
 )
 def _moving_images(steps: int = 20, side: int = 12) -> _Built:
     """20 frames of 12 × 12 pixels, standardised; the digit moves by a pixel a step in both directions, from places

@@ -88,9 +88,14 @@ def test_baselines_of_labels_and_forecasts():
     common = np.argmax([np.sum(digits.train.targets == k) for k in range(10)])
     assert digits.baseline == np.mean(digits.test.targets == common)
     weather = loaded("weather", "float64")
-    steps = np.append(weather.test.x[-1, :, 0], weather.test.targets[-1])
-    # Each target is the next window's last day, so that persistence is the mean square of differences of one series.
-    assert weather.baseline == pytest.approx(np.mean(np.diff(steps) ** 2), rel=1e-12)
+    days = weather.test.x[-1, :, 0]
+    # Persistence is the mean square of differences of one series, of which the last is not among the inputs.
+    errors = np.append(np.diff(days), weather.test.targets[-1])
+    assert weather.baseline == pytest.approx(np.mean(errors**2), rel=1e-12)
+    frames = loaded("moving_images", "float64")
+    mean = frames.train.targets.mean(axis=1).mean(axis=0)
+    assert frames.baseline == pytest.approx(np.mean((frames.test.targets - mean) ** 2), rel=1e-12)
+    assert frames.baseline < np.mean((frames.test.targets[1:] - frames.test.targets[:-1]) ** 2)
 
 
 def test_forecast_windows_follow_each_other():
@@ -98,8 +103,9 @@ def test_forecast_windows_follow_each_other():
         data = loaded(name, "float64")
         for part in (data.train, data.validation, data.test):
             np.testing.assert_array_equal(part.x[1:, :-1], part.x[:-1, 1:])
-            np.testing.assert_array_equal(part.x[-1, 1:, :1], part.targets[:-1])
-        np.testing.assert_array_equal(data.validation.x[-1, 0, :1], data.train.targets[-1])
+            np.testing.assert_array_equal(np.diff(part.x[-1, :, :1], axis=0), part.targets[:-1])
+        step = data.validation.x[-1, 0, :1] - data.train.x[-1, -1, :1]
+        np.testing.assert_array_equal(step, data.train.targets[-1])
 
 
 def test_text_and_names_can_be_read_back():
