@@ -11,7 +11,8 @@ step every block multiplies what it received, adds up the sums of its units, let
 cell, and sends the result to all blocks that need it; then all of them wait for each other. Products that need no
 recurrence (with the inputs, dL/dx, the gradients of weights) are cuBLAS's, on the same stream.
 
-In Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the kernels run as Python, and NumPy stands for CuPy.
+In Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the kernels run as Python, NumPy stands for CuPy, and the tests bring what
+launches and multiplies there.
 """
 
 import importlib
@@ -29,7 +30,7 @@ from numpy.typing import DTypeLike
 from ..cells import CELLS, Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights, cpu
 from .panels import numbers_saved, put_numbers, take_numbers
-from .plan import ARITHMETIC, H200, Chip, Plan, Product, plan
+from .plan import ARITHMETIC, Chip, Plan, Product, plan
 from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, device, grid_barrier, load4, store_remote
 
 #: CuPy; where there is none kernels can still be compiled, and that is all, see `kernels.backend`.
@@ -97,6 +98,23 @@ def _multiply_add(sum_, weights, x):
 
 
 @cache
+def _plus(count: int):
+    """Build the sum of two tuples."""
+    return _written("plus", "a, b", [f"return ({''.join(f'a[{k}] + b[{k}], ' for k in range(count))})"])
+
+
+@cache
+def _tensor_add(dtype: str):
+    mma = MMA[dtype]
+
+    @device
+    def add(sums, w, x):
+        return mma(w[0], w[1], w[2], w[3], x[0], x[1], sums[0], sums[1], sums[2], sums[3])
+
+    return add
+
+
+@cache
 def _product(made: Plan, product: Product):
     """Build the product of a worker: its outputs of all rows of a tile, each summed over the depth of its slice.
 
@@ -105,24 +123,28 @@ def _product(made: Plan, product: Product):
     """
     kind, number, tensor = ARITHMETIC[made.dtype], _kind(made.dtype).number, ARITHMETIC[made.dtype].rows > 1
     tiles, columns = range(product.tiles), range(0, made.inner, 8 if tensor else 1)
-    if tensor:
-        mma, words = MMA[made.dtype], ", ".join([f"w[{j}]" for j in range(4)] + ["*x"] + [f"a[{j}]" for j in range(4)])
-        add = _written("add", "a, w, x", [f"return mma({words.replace('*x', 'x[0], x[1]')})"], mma=mma)
-    else:
-        add = _multiply_add
+    add = _tensor_add(made.dtype) if tensor else _multiply_add
     lines = [f"return ({''.join(f'add(a[{n}], w[{n}], x), ' for n in tiles)})"]
     names = {
         "load_x": _load_pair if tensor else load4,
         "load_tiles": _load_tiles(product.tiles, made.threads),
         "multiply": _written("multiply", "a, w, x", lines, add=add),
+        "join": _written(
+            "join", "a, e", [f"return ({''.join(f'plus(a[{n}], e[{n}]), ' for n in tiles)})"], plus=_plus(4)
+        ),
         "zero": ((number(0),) * 4 if tensor else number(0),) * product.tiles,
     }
     step, chunk = product.slices * kind.words, 4 * product.tiles * made.threads
     lines = [f"for b in range(0, {made.rows}, {made.inner}):"]
+    # A product in tensor cores waits some 30 cycles for the one before: odd chunks have sums of their own.
+    odd = "e" if tensor and product.registers > 1 else "a"
     for i in columns:
-        lines += [f"    a{i} = zero", f"    x{i} = vector_at + (b + {i}) * {product.row}"]
+        lines += [f"    a{i} = {odd}{i} = zero", f"    x{i} = vector_at + (b + {i}) * {product.row}"]
     for c in range(product.registers):
-        lines += [f"    a{i} = multiply(a{i}, weights[{c}], load_x(vector, x{i} + {c * step}))" for i in columns]
+        to = odd if c % 2 else "a"
+        lines += [f"    {to}{i} = multiply({to}{i}, weights[{c}], load_x(vector, x{i} + {c * step}))" for i in columns]
+    if odd == "e":
+        lines += [f"    a{i} = join(a{i}, e{i})" for i in columns]
     for count, before, source in ((product.kept, 0, "kept"), (product.streamed, product.kept, "streamed")):
         if count:
             lines += [f"    for c in range({count}):", f"        w = load_tiles({source}, {source}_at + c * {chunk})"]
@@ -147,12 +169,6 @@ def _gather(made: Plan, product: Product):
     lines = [f"a{g} = start[{g}]" for g in gates] + [f"for s in range({product.slices}):"]
     lines += [f"    a{g} = a{g} + sums[at + s * {slice_} + {g * made.units}]" for g in gates]
     return _written("gather", "sums, at, start", [*lines, f"return ({''.join(f'a{g}, ' for g in gates)})"])
-
-
-@cache
-def _plus(count: int):
-    """Build the sum of two tuples."""
-    return _written("plus", "a, b", [f"return ({''.join(f'a[{k}] + b[{k}], ' for k in range(count))})"])
 
 
 class _Parts(NamedTuple):
@@ -527,9 +543,8 @@ def _backward_kernel(cell: Cell, made: Plan, scaled: bool):
 @cache
 def _pack_kernel(made: Plan, index: int):
     """Build the kernel that puts weights in the order in which threads read them, 0 where there are none."""
-    product, kind, (_, _, _, PER), narrow = (
-        made.products[index], ARITHMETIC[made.dtype], _kind(made.dtype), NARROW[made.dtype],
-    )  # fmt: skip
+    product, kind, PER = made.products[index], ARITHMETIC[made.dtype], _kind(made.dtype).per_word
+    narrow, zero = NARROW[made.dtype], _kind(made.dtype).number(0)
     GATES, DEPTH, TILES, GROUPS, SLICES, CHUNKS = product[:6]
     THREADS, UNITS, LANES, WORDS, H = made.threads, made.units, kind.lanes, kind.words, made.hidden
     TENSOR, BACKWARD, ROWS = kind.rows > 1, made.backward, kind.rows
@@ -537,7 +552,7 @@ def _pack_kernel(made: Plan, index: int):
     @device
     def weight_at(weight, output, unit, k):
         if output >= GATES * UNITS or unit >= H or k >= DEPTH:
-            return narrow(weight[0] * 0)
+            return narrow(zero)
         return narrow(weight[k * H + unit] if BACKWARD else weight[(output // UNITS * H + unit) * H + k])
 
     def pack(weight, packed):
@@ -560,7 +575,7 @@ def _pack_kernel(made: Plan, index: int):
                 high = np.int32(weight_at(weight, output, unit, k + 1)) << 16
                 packed[i] = high | (np.int32(weight_at(weight, output, unit, k)) & 0xFFFF)
 
-    return (cuda.jit)(pack)
+    return cuda.jit(pack)
 
 
 @cache
@@ -571,7 +586,7 @@ def _narrow_kernel(dtype: str):
         for i in range(cuda.grid(1), target.size, cuda.gridsize(1)):
             target[i] = narrow(source[i])
 
-    return (cuda.jit)(narrow_all)
+    return cuda.jit(narrow_all)
 
 
 # Launches -----------------------------------------------------------------------------------------------------------
@@ -580,8 +595,6 @@ def _narrow_kernel(dtype: str):
 @cache
 def chip() -> Chip:
     """Return what plans need to know of the current GPU."""
-    if SIMULATED:
-        return H200
     found = xp.cuda.Device()
     major, minor = divmod(int(found.compute_capability), 10)
     attributes = found.attributes
@@ -615,37 +628,29 @@ def _compiled(kernel: Any, signature: tuple[Any, ...], shared: int, cluster: boo
 class Launch:
     """A kernel with its arguments, prepared once; calling it puts it on CuPy's current stream.
 
-    Arrays are passed as flat ones. Blocks of a grid that wait for each other are launched together or not at all.
+    Kernels see arrays as flat ones, whatever their shape. Blocks of a grid that wait for each other are launched
+    together or not at all.
     """
 
     def __init__(
         self, kernel: Any, arguments: tuple[Any, ...], blocks: int, threads: int, *, shared: int = 0, cluster: int = 1,
         together: bool = False,
     ) -> None:  # fmt: skip
-        self._kept = tuple(a if isinstance(a, int) else a.reshape(-1) for a in arguments)
-        self._grid = blocks, threads, cluster, shared  # the third is a stream, which the simulator ignores
-        self._kernel = kernel
-        if SIMULATED:
-            return
         from cuda.core import Device, LaunchConfig
 
         Device(xp.cuda.Device().id).set_current()
-        kinds = tuple(
-            types.int64 if isinstance(a, int) else types.Array(from_dtype(a.dtype), 1, "C") for a in self._kept
-        )
-        self._kernel = _compiled(kernel, kinds, shared, cluster > 1)
+        self._kept = arguments
+        kinds = (types.int64 if isinstance(a, int) else types.Array(from_dtype(a.dtype), 1, "C") for a in arguments)
+        self._kernel = _compiled(kernel, tuple(kinds), shared, cluster > 1)
         options: dict[str, Any] = {"cluster": cluster} if cluster > 1 else {"is_cooperative": together}
         self._config = LaunchConfig(grid=blocks // cluster, block=threads, shmem_size=shared, **options)
         # As Numba passes an array: two empty references, size, bytes of an item, address, shape, strides.
         self._arguments: list[int] = []
-        for a in self._kept:
+        for a in arguments:
             flat = (a,) if isinstance(a, int) else (0, 0, a.size, a.itemsize, a.data.ptr, a.size, a.itemsize)
             self._arguments += flat
 
     def __call__(self) -> None:
-        if SIMULATED:
-            self._kernel[self._grid](*self._kept)
-            return
         from cuda.core import Stream, launch
 
         # 1 is the driver's name for the legacy default stream, which CuPy calls 0.
@@ -653,9 +658,7 @@ class Launch:
 
 
 def _elementwise(kernel: Any, *arrays: Array) -> Launch:
-    return Launch(
-        kernel, arrays, min(1024, -(-arrays[-1].size // 256)) if not SIMULATED else 1, 256 if not SIMULATED else 2
-    )
+    return Launch(kernel, arrays, min(1024, -(-arrays[-1].size // 256)), 256)
 
 
 def _scan(kernel: Any, made: Plan, arguments: tuple[Any, ...]) -> Launch:
@@ -672,11 +675,6 @@ def _multiply(a: Array, b: Array, out: Array, dtype: str, *, ta: bool = False, t
     """Set out = a b, of matrices, transposed where `ta` and `tb` say so, in the arithmetic of `dtype`."""
     if out.size == 0:
         return
-    if SIMULATED:
-        if a.dtype == np.int16:
-            a, b = (_widened(v, dtype) for v in (a, b))
-        out[...] = (a.T if ta else a) @ (b.T if tb else b)
-        return
     from cupy_backends.cuda.libs import cublas
 
     (m, k), n = a.shape[::-1] if ta else a.shape, b.shape[0] if tb else b.shape[1]
@@ -688,13 +686,6 @@ def _multiply(a: Array, b: Array, out: Array, dtype: str, *, ta: bool = False, t
     shape, handle = (int(tb), int(ta), n, m, k), xp.cuda.device.get_cublas_handle()
     scales = one.ctypes.data, nil.ctypes.data
     cublas.gemmEx(handle, *shape, scales[0], *theirs, *ours, scales[1], out.data.ptr, result, n, computing, -1)
-
-
-def _widened(bits: Array, dtype: str) -> Array:
-    """Return what 16-bit numbers stand for, as float32: cuBLAS in the simulator."""
-    if dtype == "fp16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.int32) << 16).view(np.float32)
 
 
 class _Matrix:
@@ -726,8 +717,6 @@ def _on_device(array: Any) -> Array:
 
 def on_host(array: Array) -> Array:
     """Return a device array copied to pinned memory of the host."""
-    if SIMULATED:
-        return array
     if array.size == 0:
         return np.empty(array.shape, array.dtype)
     host = importlib.import_module("cupyx").empty_pinned(array.shape, array.dtype)
@@ -923,12 +912,7 @@ def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Ar
 
 
 def capture(run: Run) -> Run:
-    """Return `run` as one CUDA graph: all its launches at once. What it needs must be allocated.
-
-    The simulator has no graphs.
-    """
-    if SIMULATED:
-        return run
+    """Return `run` as one CUDA graph: all its launches at once. What it needs must be allocated."""
     stream = xp.cuda.Stream(non_blocking=True)
     with stream:
         run()

@@ -67,8 +67,9 @@ ARITHMETIC = {
     "fp16": Arithmetic(2, 16, 32, 16, 2048),
 }
 
-#: Cycles: a barrier of a cluster and of the grid, latencies of a step and of a tile; bytes a cycle from L2 and shared.
-_CLUSTER, _GRID, _STEP, _TILE, _L2_BYTES, _SHARED_BYTES = 400, 1700, 500, 250, 32, 128
+#: Cycles: a barrier of a cluster and of the grid, latencies of a step, of a tile and of two tensor products that follow
+#: each other; bytes a cycle from L2 and from shared memory.
+_CLUSTER, _GRID, _STEP, _TILE, _TENSOR, _L2_BYTES, _SHARED_BYTES = 400, 1700, 500, 250, 17, 32, 128
 
 
 class Product(NamedTuple):
@@ -166,16 +167,20 @@ def _lay_out(
     blocks = -(-H // units)
     if cluster:  # sizes that hardware is made for; a block may be without units
         blocks = 1 << (blocks - 1).bit_length()
-    if tile * units > threads:
+    if tile * units > threads or (threads > 256 and not cluster):  # 128 registers are too few to be without spills
         return None
     teams, of_cell = -(-B // part), _products(cell, H, backward)
     # Of the registers of a thread, 255 at most, half hold weights, less what addresses and a cell take.
     words = max(0, min(256, chip.registers // threads) // 2 - 16) // len(of_cell)
     products = [_cut(gates, depth, units, threads, dtype, words) for gates, depth in of_cell]
-    if kind.rows > 1:
-        inner = 8 * min(-(-tile // 8), 4)
-    else:
-        inner = min(tile, 4 if all(product.chunks == product.registers for product in products) else 8)
+    resident = all(product.chunks == product.registers for product in products)
+    few, many = (8, 16) if kind.rows > 1 else (4, 8)
+    inner = few if resident or tile <= few else many
+    if inner == many:  # weights that are loaded serve more sequences, whose sums take registers
+        most = (64 if kind.rows > 1 else 96) // len(of_cell)
+        products = [_cut(gates, depth, units, threads, dtype, min(words, most)) for gates, depth in of_cell]
+    if kind.rows == 1:
+        inner = min(inner, tile)
     tier = "A" if cluster else "B"
     made = Plan(
         cell.name, dtype, B, H, backward, tier, teams, blocks, threads, units, part, tile, inner, tuple(products), (), 0
@@ -210,6 +215,8 @@ def _cycles(made: Plan, chip: Chip) -> int:
         workers = product.slices * product.groups
         chunk, passes = product.tiles * made.threads * 4 * kind.word, made.rows // made.inner
         tile = product.tiles * kind.rows * workers * product.chunks * kind.depth * made.rows / kind.rate
+        if kind.rows > 1:
+            tile = max(tile, product.chunks * passes * _TENSOR)
         tile += made.threads / 32 * product.chunks * made.rows / (1 if kind.rows == 1 else 4)
         tile += product.kept * chunk * passes / _SHARED_BYTES + product.streamed * chunk * passes / _L2_BYTES
         tile += 2 * product.slices * made.rows * product.sums * kind.word / _SHARED_BYTES + _TILE
@@ -260,12 +267,14 @@ def plan(
     """Return the layout with the fewest estimated cycles a step.
 
     `tiers`, `blocks` (of a team) and `threads` (of a block) narrow the choice. Raises ValueError where nothing fits:
-    tier A needs weights that fit one cluster, and clusters of several blocks compute capability 9.0.
+    tier A needs weights that fit one cluster, clusters of several blocks compute capability 9.0; and the others room in
+    shared memory for a vector of one step, G·H numbers going back: of one sequence, with tensor cores of eight.
     """
     made = _candidates(CELLS[cell_name], dtype, B, H, backward, chip, blocks, threads)
     fitting = [one for one in made if one.tier in tiers]
     if not fitting:
-        raise ValueError(f"no kernel of tier {' or '.join(tiers)} fits {cell_name} in {dtype} with B={B}, H={H}")
+        why = "shared memory must hold the vectors of one step of a few sequences"
+        raise ValueError(f"no kernel of tier {' or '.join(tiers)} fits {cell_name} in {dtype}, B={B}, H={H}: {why}")
     return min(fitting, key=lambda one: one.cycles)
 
 
