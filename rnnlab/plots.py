@@ -146,10 +146,13 @@ def shares(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, order: Se
 
 
 def tiles(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], column: str, value: str) -> None:
-    """Draw shares as a table of colours, a row for each combination of `rows`, in the order of the frame."""
-    named = frame.assign(row=_joined(frame, rows))
-    table = named.pivot(index="row", columns=column, values=value).reindex(named["row"].unique())
-    sns.heatmap(table, ax=ax, vmin=0, vmax=1, cmap="viridis", annot=True, fmt=".1f", cbar=False, annot_kws={"size": 8})
+    """Draw shares and their intervals as a table of colours, a row for each combination of `rows`, in their order."""
+    texts = [f"{a:.1f} ({b:.2f}–{c:.2f})" for a, b, c in frame[[value, f"low_{value}", f"high_{value}"]].to_numpy()]
+    named = frame.assign(row=_joined(frame, rows), text=texts)
+    table, text = (
+        named.pivot(index="row", columns=column, values=name).reindex(named["row"].unique()) for name in (value, "text")
+    )
+    sns.heatmap(table, annot=text, fmt="", annot_kws={"size": 7}, vmin=0, vmax=1, cmap="viridis", cbar=False, ax=ax)
     ax.set(xlabel=_words(column), ylabel="")
     ax.tick_params(axis="y", labelsize=8, rotation=0)
 

@@ -4,10 +4,11 @@ A tanh network learns the order of two symbols (temporal order, four classes); w
 orders of magnitude. Every rule is swept over thresholds and learning rates, for SGD and for Adam. What to look for:
 
 - solved: a rule that shortens every gradient is a smaller learning rate, so compare a rule at its best learning rate
-  with no clipping at *its* best, and read diagonals (threshold times learning rate), not rows. Under Adam a constant
-  factor cancels, and most thresholds give one answer. A network that diverges has not solved the task;
+  with no clipping at *its* best (with SGD there is none over four decades), and read diagonals (threshold times
+  learning rate), not rows. Under Adam a constant factor cancels: rules for the whole gradient change nothing at the
+  learning rate that works, and save some networks at ten times that. A network that diverges has not solved the task;
 - turned: by global norm the cosine is 1 for each batch. But descent follows the mean over batches, and a rule that
-  shortens long gradients more than short ones turns that mean too (bias); bars are bootstrap intervals over networks;
+  shortens long gradients more than short ones turns that mean too (bias), if little; rules within BPTT turn it most;
 - norms: the median before and after, on the same batches of the same half-trained networks: under the line is clipped;
 - what is removed of the energy of each lag's share of dL/dW_ih and dL/db_ih: rules for the whole gradient take nearly
   the same from every lag; per time step and at pre-activations they take what grew on its way back, and more of it the
@@ -147,12 +148,13 @@ def plot(frame: pd.DataFrame) -> Figure:
         for colour, (name, (_, tops)) in zip(PALETTE, RULES.items(), strict=False):
             line = lags[(lags["rule"] == name) & (lags["threshold"] == tops[place])]
             ax.plot(line["lag_steps"], line["removed"], color=colour, label=f"{name} {tops[place]:g}")
-        ax.set(title="removed", xlabel="lag [steps back from the loss]", ylabel="share of energy removed")
+        title = f"removed, at the {('lowest', 'middle')[place]} threshold"
+        ax.set(title=title, xlabel="lag [steps back from the loss]", ylabel="share of energy removed")
         ax.legend(fontsize=8)
     updates = int(shares["updates"].iloc[0])
     setting = (
         "temporal order, T = {length}, tanh, H = {H}, batches of {B}; {runs} networks, at most {updates} updates; "
-        "norms, cosines: medians over networks, 95 % bootstrap intervals; {dtype}, seed {seed}"
+        "95 % intervals: shares Wilson; norms, cosines: medians over networks, bootstrap; {dtype}, seed {seed}"
     ).format(H=HIDDEN, B=BATCH, **(dict(frame.iloc[0]) | {"updates": updates}))
     caption(figure, "Clipping rules: what they do, and where they help", setting)
     return figure
