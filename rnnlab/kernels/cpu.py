@@ -735,7 +735,7 @@ def prepare_backward(
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih, weights.weight_hh,
         weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h, d_state, exponent, dx, *into,
-        *_rooms(places, parties, panels, B, H, dtype), chunk, float(limit), counts,
+        *_rooms(places, parties, panels, B, H, dtype), chunk, dtype.type(limit), counts,
     )  # fmt: skip
     call = Call(_backward_kernel(cell, dtype, mode), arguments, parties, by_units)
     if scaled:
