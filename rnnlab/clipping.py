@@ -12,7 +12,7 @@ from .kernels import threads
 from .kernels.clip import ADAPTIVE, NORM, PERCENTILE, VALUE, clip, compare
 from .model import SequenceModel
 from .params import Params
-from .rnn import Recurrent
+from .rnn import Recurrent, past_end
 
 __all__ = [
     "Adaptive",
@@ -192,6 +192,8 @@ def energy_removed(
     """
     if model.rnn.bidirectional or not model.rnn.bias:
         raise ValueError(f"model must have biases and one direction, got {model.rnn!r}")
+    before = model.loss_and_gradients(x, targets, lengths).params
+    x = x if lengths is None else np.where(past_end(lengths, x), x.dtype.type(0), x)
     # A network that reads W_ih x in place of x, through the identity: its dL/dx is dL/da.
     net, name = model.rnn, "rnn.weight_ih_l0"
     rows = len(net.params["weight_ih_l0"])
@@ -207,7 +209,6 @@ def energy_removed(
         found = twin.loss_and_gradients(inputs, targets, lengths, clip=(rule.within, rule.threshold, counts))
         factor, after = np.ones(1), found.x
     else:
-        before = model.loss_and_gradients(x, targets, lengths).params
         clipped = rule(before, model.params, history).gradient
         factor, after = np.ones((rows, x.shape[2] + 1)), exact.x
         for key, columns in ((name, slice(None, -1)), ("rnn.bias_ih_l0", slice(-1, None))):

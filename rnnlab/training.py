@@ -264,7 +264,7 @@ def train(
                 kept = time.perf_counter()
         due = evaluate_every is None or run.done % evaluate_every == 0 or run.done == updates
         result.rows.append(run.row(measure or {}, evaluation if due else None))
-        if stop is not None and stop(result.rows[-1]):
+        if stop is not None and result.outcome == "finished" and stop(result.rows[-1]):
             result.outcome = "stopped"
         if file is not None:
             run.save(file)

@@ -207,6 +207,12 @@ def test_energy_removed_by_a_norm_is_the_same_at_every_step():
     removed = energy_removed(model, x, targets, ByGlobalNorm(0.3 * norm))
     np.testing.assert_allclose(removed, 1 - 0.3**2, rtol=1e-12)
     np.testing.assert_allclose(energy_removed(model, x, targets, ByGlobalNorm(2 * norm)), 0, atol=1e-12)
+    lengths = [4, 7, 2]
+    x[np.arange(9)[:, None] >= lengths] = np.nan  # what lies past the end adds nothing
+    norm = np.linalg.norm(model.loss_and_gradients(x, targets, lengths).params.flat)
+    removed = energy_removed(model, x, targets, ByGlobalNorm(0.3 * norm), lengths)
+    np.testing.assert_allclose(removed[:7], 1 - 0.3**2, rtol=1e-12)
+    assert np.isnan(removed[7:]).all()
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
