@@ -8,8 +8,7 @@ n units with a diagonal W_hh is n such networks, and its BPTT the gradient of ea
   b = 0.5 − w σ(0.5): on it x_t stays 0.5, every step multiplies dh by w σ'(0.5), and the gradient grows exponentially
   with the 50 steps, while two points away from it, it is small;
 - so the largest gradient on any grid says little: the wall is thinner than the grid. It is measured on the wall itself
-  and must lie on the closed form. In float32 it leaves that where the rounding of b, which grows like the gradient,
-  takes h off the border: use --dtype float64;
+  and must lie on the closed form;
 - the plain path slides to the wall and is thrown out of the picture by one step of a length that depends on the luck of
   where it landed; the clipped path, from the same start, bounces along the wall down to the valley;
 - "solved" counts many starts: at each learning rate there is a range of thresholds over two decades or so that helps;
