@@ -94,6 +94,7 @@ class Study:
     grid: `grid(quick)` returns the points, dicts of str, int, float, bool, None and lists of them.
     run: `run(point)` returns rows, dicts of scalars; `point` also holds `seed`, `device`, `dtype`. A module's function.
     plot: `plot(frame)` returns a Figure; the frame's leading columns are the point's parameters, lists as JSON text.
+    devices: those that `run` takes.
     version: raise it when stored points must be forgotten for a reason that the source does not show.
 
     Raises ValueError for a name that is no identifier and for an empty question.
@@ -104,6 +105,7 @@ class Study:
     grid: Callable[[bool], list[Point]]
     run: Run
     plot: Callable[["pd.DataFrame"], "Figure"]
+    devices: tuple[str, ...] = kernels.DEVICES
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -141,6 +143,10 @@ class Study:
         out = options.out or Path("results", self.name)
         if options.scheduler and options.jobs > 1:
             raise click.UsageError("--jobs and --scheduler exclude each other: a cluster has its own number of workers")
+        if options.device not in self.devices:
+            raise click.UsageError(
+                f"{self.name} runs on {', '.join(self.devices)} alone, got --device {options.device}"
+            )
         try:
             kernels.backend(options.device)
             (out / "points").mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-study = Study("clipping", question=__doc__, grid=grid, run=run, plot=plot)
+study = Study("clipping", question=__doc__, grid=grid, run=run, plot=plot, devices=("cpu",))
 
 if __name__ == "__main__":
     study.main()

@@ -164,7 +164,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-study = Study("error_surface", question=__doc__, grid=grid, run=run, plot=plot)
+study = Study("error_surface", question=__doc__, grid=grid, run=run, plot=plot, devices=("cpu",))
 
 if __name__ == "__main__":
     study.main()

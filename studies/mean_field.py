@@ -52,7 +52,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
 def measure(point: dict[str, Any], seed: int) -> Any:
     """Return the median log-norm of dL/dh_t over the sequences by lag, (T+1,)."""
     N, shape = point["hidden_size"], (point["length"], point["batch"], point["hidden_size"])
-    net = RNN(N, N, dtype=point["dtype"], seed=seed)
+    net = RNN(N, N, dtype=point["dtype"], device=point["device"], seed=seed)
     net.initialise("gaussian", "gaussian", "zeros", gain=point["gain"], seed=seed)
     model = SequenceModel(net, 1, "many_to_one", "mse", seed=seed)
     rng = np.random.default_rng(seed)

@@ -47,7 +47,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     length, survived, shares, statistics = point["length"], [], [], []
     for network in range(point["networks"]):
         seed = 1000 * point["seed"] + network
-        rnn = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"])
+        rnn = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"], device=point["device"])
         chrono = point["bias"] == "chrono"
         bias = {"chrono": length} if chrono else {"forget_bias": float(point["bias"])}
         rnn.initialise("orthogonal", "glorot", "zeros", **bias, seed=seed)

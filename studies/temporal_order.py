@@ -156,7 +156,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-study = Study("temporal_order", question=__doc__, grid=grid, run=run, plot=plot)
+study = Study("temporal_order", question=__doc__, grid=grid, run=run, plot=plot, devices=("cpu",))
 
 if __name__ == "__main__":
     study.main()

@@ -64,7 +64,8 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     samples: dict[tuple[str, str], list[Any]] = {}
     for network in range(point["networks"]):
         seed = 1000 * point["seed"] + network
-        rnn = Recurrent(point["cell"], 1, point["hidden_size"], layers, bidirectional=both, dtype=point["dtype"])
+        sizes, kind = (1, point["hidden_size"], layers), {"dtype": point["dtype"], "device": point["device"]}
+        rnn = Recurrent(point["cell"], *sizes, bidirectional=both, **kind)
         forget_bias = 1.0 if point["cell"] == "lstm" else None
         rnn.initialise("orthogonal", "glorot", "zeros", forget_bias=forget_bias, seed=seed)
         model = SequenceModel(rnn, 1, topology, "mse", teacher_forcing=teacher, seed=seed)

@@ -7,7 +7,16 @@ import pytest
 from rnnlab.theory import forget_gate_rate
 from studies import gradient_decay
 
-SMALL = {"hidden_size": 8, "batch": 3, "networks": 2, "length": 30, "updates": 2, "seed": 0, "dtype": "float32"}
+SMALL = {
+    "hidden_size": 8,
+    "batch": 3,
+    "networks": 2,
+    "length": 30,
+    "updates": 2,
+    "seed": 0,
+    "device": "cpu",
+    "dtype": "float32",
+}
 
 
 def point(**changes):

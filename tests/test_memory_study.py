@@ -7,7 +7,7 @@ import pytest
 from rnnlab.theory import forget_gate_rate
 from studies import memory
 
-SMALL = {"length": 20, "hidden_size": 8, "batch": 2, "networks": 2, "seed": 0, "dtype": "float64"}
+SMALL = {"length": 20, "hidden_size": 8, "batch": 2, "networks": 2, "seed": 0, "device": "cpu", "dtype": "float64"}
 
 
 def test_grid_covers_cells_and_biases():

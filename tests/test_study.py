@@ -1,5 +1,6 @@
 """Studies: what a sweep keeps, what it computes again, and how it ends."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -471,6 +472,14 @@ def test_an_absent_device_exits_3_with_its_reason(tmp_path, capsys):
     counted = Counted()
     assert counted(tmp_path, "--device", "cuda") == 3
     assert capsys.readouterr().err == "Error: device 'cuda' cannot be used: this machine has none\n"
+    assert counted.calls == []
+
+
+def test_a_device_that_a_study_does_not_take_is_a_usage_error(tmp_path, capsys):
+    counted = Counted()
+    counted.study = dataclasses.replace(counted.study, devices=("cpu",))
+    assert counted(tmp_path, "--device", "cuda") == 2
+    assert "counted runs on cpu alone, got --device cuda" in capsys.readouterr().err
     assert counted.calls == []
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from studies import topologies
 
-SMALL = {"steps": 5, "hidden_size": 4, "batch": 2, "networks": 2, "seed": 0, "dtype": "float64"}
+SMALL = {"steps": 5, "hidden_size": 4, "batch": 2, "networks": 2, "seed": 0, "device": "cpu", "dtype": "float64"}
 
 
 def rows_of(arrangement, cell="gru"):

@@ -757,7 +757,7 @@ def direct(
         return values.reshape(1, T * B, -1) if values.size else values
 
     running = (np.arange(T)[:, None] < trace.lengths).reshape(-1).astype(np.int64)
-    saved = trace.saved.swapaxes(0, 1).reshape(1, trace.saved.shape[1], T * B, *trace.saved.shape[3:])
+    saved = trace.saved.swapaxes(0, 1).copy().reshape(1, trace.saved.shape[1], T * B, *trace.saved.shape[3:])
     alone = trace._replace(x=one_step(trace.x), saved=saved, reset_h=one_step(trace.reset_h), lengths=running)
     nothing = np.zeros((len(cell.states), T * B, H), d_output.dtype)
     gradients: LayerGradients = through(
