@@ -374,8 +374,9 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
             _, d_output, d_output_exponent, _, _, _, lengths, _, saved, _, d_state, exponent, _, _, _,
-            d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limit, counts,
+            d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limits, counts,
         ) = arguments  # fmt: skip
+        limit = limits[0]  # in an array: a number would come as a float64
         (
             _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, DH, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
         ) = places  # fmt: skip
@@ -735,7 +736,7 @@ def prepare_backward(
     arguments = (
         trace.x, d_output, d_output_exponent if scaled else exponent, weights.weight_ih, weights.weight_hh,
         weights.peephole, trace.lengths, trace.state, trace.saved, trace.reset_h, d_state, exponent, dx, *into,
-        *_rooms(places, parties, panels, B, H, dtype), chunk, dtype.type(limit), counts,
+        *_rooms(places, parties, panels, B, H, dtype), chunk, np.full(1, limit, dtype), counts,
     )  # fmt: skip
     call = Call(_backward_kernel(cell, dtype, mode), arguments, parties, by_units)
     if scaled:
