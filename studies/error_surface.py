@@ -4,14 +4,14 @@ Pascanu, Mikolov & Bengio (2013), Fig. 6: one sigmoid unit without input, x_t = 
 steps, and the error (σ(x_50) − 0.7)². With h_t = σ(x_t) that is the cell `rnn_sigmoid` from h_0 = σ(0.5). A network of
 n units with a diagonal W_hh is n such networks, and its BPTT the gradient of each. What to look for:
 
-- for w > 1/σ'(0.5) ≈ 4.26 the unit has two stable states, and the wall (dotted) is where h_0 lies on their border,
+- for w > 1/σ'(0.5) ≈ 4.26 the unit can have two stable states, and the wall (dotted) is where h_0 lies on their border,
   b = 0.5 − w σ(0.5): on it x_t stays 0.5, every step multiplies dh by w σ'(0.5), and the gradient grows exponentially
   with the 50 steps, while two points away from it, it is small;
 - so the largest gradient on any grid says little: the wall is thinner than the grid. It is measured on the wall itself
   and must lie on the closed form;
 - the plain path slides to the wall and is thrown out of the picture by one step of a length that depends on the luck of
   where it landed; the clipped path, from the same start, bounces along the wall down to the valley;
-- "solved" counts many starts: at each learning rate there is a range of thresholds over two decades or so that helps;
+- "solved" counts many starts: at each learning rate thresholds over a decade or two help;
   above it clipping never acts, below it the steps are too short for the number of them.
 """
 

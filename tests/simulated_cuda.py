@@ -7,11 +7,22 @@ import pytest
 from conftest import TOLERANCE, full_chip, random_network, random_state, relative_error
 from test_kernels_cpu import errors, run_both, worst
 
-from rnnlab import CELLS, Inference, Recurrent, SequenceModel, TrainingStep, gradient_flow
+from rnnlab import (
+    CELLS,
+    Inference,
+    Recurrent,
+    SequenceModel,
+    TrainingStep,
+    contribution_matrix,
+    gradient_flow,
+    lyapunov_spectrum,
+)
+from rnnlab.clipping import PerTimeStep, clipped_gradients
 from rnnlab.costs import Shape
 from rnnlab.kernels import cuda
 from rnnlab.kernels.plan import Chip, plan
 from rnnlab.kernels.ptx import SIMULATED
+from rnnlab.optim import SGD
 from rnnlab.peers import DTYPES, NotApplicable, Problem, prepare_rnnlab, tolerance, worst_error
 
 assert SIMULATED
@@ -181,9 +192,15 @@ def test_models_and_gradient_flow_run_on_the_device(layout):
     np.testing.assert_allclose(flows[1].h[0], flows[0].h[0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(flows[1].direct_c[0], flows[0].direct_c[0], rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="model must be on the CPU, got Recurrent"):
-        TrainingStep(model, 6, 2, learning_rate=0.1)
+        TrainingStep(model, 6, 2, SGD(0.1))
     with pytest.raises(ValueError, match="net must be on the CPU, got Recurrent"):
         Inference(net, 6, 2)
+    with pytest.raises(ValueError, match="model must have one direction and be on the CPU"):
+        contribution_matrix(model, x, targets, "last")
+    with pytest.raises(ValueError, match="net must run in one direction on the CPU"):
+        lyapunov_spectrum(net, steps=2, transient=0)
+    with pytest.raises(ValueError, match="clipping within BPTT needs a network on the CPU"):
+        clipped_gradients(model, x, targets, PerTimeStep(0.1))
 
 
 @pytest.mark.parametrize(("scope", "dtype"), [("forward", "float32"), ("training", "float32"), ("training", "bf16")])
