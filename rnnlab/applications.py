@@ -23,8 +23,9 @@ from numpy.typing import DTypeLike, NDArray
 from .checks import check_choice, check_dtype
 from .datasets import digit_images, shipped
 from .model import SequenceModel
+from .tasks import Task, dataset
 
-__all__ = ["APPLICATIONS", "Application", "Data", "Part", "evaluate", "load"]
+__all__ = ["APPLICATIONS", "Application", "Data", "Part", "evaluate", "load", "measure", "skill"]
 
 Array = NDArray[Any]
 Indices = NDArray[np.int64]
@@ -95,6 +96,21 @@ class Data:
     baseline: float
     symbols: tuple[str, ...]
 
+    def task(self) -> Task:
+        """Return the training part as a task for `train`."""
+        kind, part = self.application, self.train
+        about: dict[str, Any] = {
+            "topology": kind.topology,
+            "loss": kind.loss,
+            "name": kind.name,
+            "output_size": self.output_size,
+        }
+        return dataset(part.x, part.targets, part.lengths, target_lengths=part.target_lengths, **about)
+
+    def model(self, cell: str, hidden_size: int, seed: int | None = None, **options: Any) -> SequenceModel:
+        """Return an untrained model for these sequences, see `Task.model`."""
+        return self.task().model(cell, hidden_size, self.train.x.dtype, seed, **options)
+
 
 @cache
 def load(name: str, dtype: DTypeLike = "float32") -> Data:
@@ -128,11 +144,25 @@ def evaluate(model: SequenceModel, data: Data, part: Part) -> float:
 
     Raises as `SequenceModel.loss_and_gradients`.
     """
-    metric = data.application.metric
+    return measure(model, data.application.metric, part)
+
+
+def measure(model: SequenceModel, metric: str, part: Part) -> float:
+    """Return the metric, one of those of `Application`, of a model on any sequences, see `evaluate`."""
     if metric == "accuracy":
         return float(np.mean(model.predict(part.x, part.lengths)[0].argmax(axis=-1) == part.targets))
-    loss = model.loss_and_gradients(part.x, part.targets, part.lengths, target_lengths=part.target_lengths).loss
+    if model.generates:
+        ends = part.target_lengths
+        loss = model.loss_and_gradients(part.x, part.targets, part.lengths, target_lengths=ends).loss
+    else:
+        loss = model.mean_loss(part.x, part.targets, part.lengths)
     return loss / np.log(2) if metric == "bits a symbol" else loss
+
+
+def skill(metric: str, value: float, baseline: float) -> float:
+    """Return the share of the baseline's error that a model removes: 0 is no better, 1 is perfect, of any metric."""
+    error, trivial = (1 - number if metric == "accuracy" else number for number in (value, baseline))
+    return 1 - error / trivial
 
 
 # Predictions without learning ---------------------------------------------------------------------------------------

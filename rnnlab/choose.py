@@ -14,7 +14,7 @@ from .checks import check_choice, check_number, check_positive, generator
 from .costs import SCOPES, Shape, largest, layout, memory, parameters
 from .kernels import DeviceNotAvailable, backend
 from .kernels.simd import VECTOR_BYTES
-from .model import SequenceModel
+from .model import LAST, SequenceModel
 from .rnn import Recurrent
 from .timing import interleave, wall_clock
 
@@ -98,7 +98,7 @@ class Job:
         x = rng.normal(size=(given, B, self.input_size)).astype(self.dtype)
         if self.scope == "forward":
             return partial(model.predict, x, steps=steps if model.generates else None)
-        shape = (B, O) if self.topology in ("one_to_one", "many_to_one") else (steps, B, O)
+        shape = (B, O) if self.topology in LAST else (steps, B, O)
         return partial(model.loss_and_gradients, x, rng.normal(size=shape).astype(self.dtype))
 
 

@@ -12,12 +12,14 @@ from .losses import LOSSES, Loss
 from .params import Params
 from .rnn import Checkpoints, Gradients, Recurrent, State, Trace
 
-__all__ = ["TOPOLOGIES", "LossGradients", "SequenceModel"]
+__all__ = ["GENERATING", "LAST", "TOPOLOGIES", "LossGradients", "SequenceModel"]
 
 Array = NDArray[Any]
 
 #: Arrangements of inputs and outputs (Karpathy 2015; Goodfellow, Bengio & Courville 2016, ch. 10).
 TOPOLOGIES = ("one_to_one", "one_to_many", "many_to_one", "many_to_many", "encoder_decoder")
+#: Those that read their own outputs, and those with one prediction, from the last state.
+GENERATING, LAST = ("one_to_many", "encoder_decoder"), ("one_to_one", "many_to_one")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class SequenceModel:
         self.loss_name = check_choice("loss", loss, LOSSES)
         self.teacher_forcing = check_flag("teacher_forcing", teacher_forcing)
         self.decoder: Recurrent | None = None
-        self.generates = topology in ("one_to_many", "encoder_decoder")
+        self.generates = topology in GENERATING
         if self.generates and rnn.bidirectional:
             raise ValueError(f"topology {topology} reads its own outputs and takes no bidirectional rnn")
         if teacher_forcing and not self.generates:
@@ -132,6 +134,17 @@ class SequenceModel:
             raise ValueError(f"steps belongs to one_to_many and encoder_decoder, got it for {self.topology}")
         trace = self.rnn.forward(x, state, lengths, keep=False)
         return self.loss.activation(self.read(self.features(trace, self.topology == "many_to_many"))), trace.final
+
+    def mean_loss(self, x: Array, targets: Array, lengths: Any = None) -> float:
+        """Return the loss of `loss_and_gradients` without its gradients.
+
+        Raises as that does, and ValueError for a topology that reads its own outputs.
+        """
+        if self.generates:
+            raise ValueError(f"mean_loss needs inputs that are given, got topology {self.topology}")
+        every, run = self.topology == "many_to_many", self.rnn.forward(x, None, lengths, keep=False)
+        scored = self.scored(run.lengths, len(x), every)
+        return self._mean(self.read(self.features(run, every)), self.check_targets(targets, scored), scored)[0]
 
     def loss_and_gradients(
         self,

@@ -24,9 +24,11 @@ from .kernels import DeviceNotAvailable, LayerWeights, backend
 from .model import SequenceModel
 from .optim import SGD
 from .rnn import Recurrent
+from .tasks import Task, check_steps, target_rows
 from .training import TrainingStep
 
-__all__ = ["DTYPES", "PEERS", "SCOPES", "NotApplicable", "Peer", "Problem", "Run", "tolerance", "worst_error"]
+__all__ = ["DTYPES", "PEERS", "SCOPES", "NotApplicable", "Peer", "Problem", "Run", "tolerance", "train_torch"]
+__all__ += ["worst_error"]
 
 Array = NDArray[Any]
 Results = dict[str, Array]
@@ -256,6 +258,62 @@ def prepare_torch(problem: Problem, graph: bool = False) -> Run:
         return {name: tensor.detach().double().cpu().numpy() for name, tensor in output.items()}
 
     return Run(call, result)
+
+
+def train_torch(
+    model: SequenceModel,
+    task: Task,
+    learning_rate: float,
+    *,
+    length: int | None,
+    batch: int,
+    updates: int,
+    every: int,
+    threshold: float,
+    seed: int,
+    evaluation: Callable[[SequenceModel], float],
+) -> list[tuple[int, float]]:
+    """Train PyTorch's network of the kind and size of `model` with its Adam, and return (updates, evaluation) by turns.
+
+    It starts from PyTorch's own initial weights and takes the batches of `training.train` with this seed; before each
+    evaluation, at every `every` updates, its parameters are copied into `model`. Raises NotApplicable for cells that
+    PyTorch does not have, for several layers and for topologies that read their own outputs.
+    """
+    import torch
+
+    net = model.rnn
+    if net.cell.name not in ("rnn_tanh", "lstm", "gru") or model.generates or net.num_layers > 1 or net.bidirectional:
+        raise NotApplicable(f"PyTorch is trained with one layer of RNN, LSTM or GRU, got {model.topology} of {net!r}")
+    torch.manual_seed(seed)
+    kind = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[net.cell.name]
+    parts = {
+        "rnn": kind(net.input_size, net.hidden_size),
+        "readout": torch.nn.Linear(net.hidden_size, model.output_size),
+    }
+    module = torch.nn.ModuleDict(parts).to(getattr(torch, net.dtype.name))
+    optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    losses = {"cross_entropy": torch.nn.functional.cross_entropy, "mse": torch.nn.functional.mse_loss}
+    T = len(task.arrays[0]) if task.arrays else check_steps(task, length)
+    x, targets = np.zeros((T, batch, task.input_size), net.dtype), target_rows(task, T, batch, net.dtype)
+    rng, lengths, found = generator(seed, "training"), np.full(batch, T), []
+    order = np.zeros(1 + (task.arrays[0].shape[1] if task.arrays else 0), np.int64)
+    for update in range(updates + 1):
+        if update % every == 0:
+            for name, tensor in module.named_parameters():
+                model.params[name] = tensor.detach().numpy()
+            found.append((update, evaluation(model)))
+        task.generate(rng, x, targets, lengths, order, task.arrays)
+        h, ends = module["rnn"](torch.from_numpy(x))[0], torch.from_numpy(lengths)
+        within = torch.arange(T)[:, None] < ends
+        h = h[within] if model.topology == "many_to_many" else h[ends - 1, torch.arange(batch)]
+        wanted = torch.from_numpy(targets)
+        wanted = wanted[within.reshape(-1)] if model.topology == "many_to_many" else wanted
+        wanted = wanted[:, 0] if model.loss_name == "cross_entropy" else wanted
+        optimiser.zero_grad(set_to_none=True)
+        losses[model.loss_name](module["readout"](h), wanted).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), threshold)
+        optimiser.step()
+    return found
 
 
 def _torch_step(problem: Problem, network: Any, x: Any, labels: Any) -> Run:

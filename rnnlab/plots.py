@@ -26,6 +26,7 @@ __all__ = [
     "roofline",
     "shares",
     "tiles",
+    "words",
 ]
 
 #: Colour-blind safe, in a fixed order.
@@ -97,9 +98,14 @@ def fit_table(
                 [f"{middle:.3g}" + (" ({:.3g}–{:.3g})".format(*ends) if ends else "") for middle, *ends in fits]
             )
             labels.append(f"{label}, {line}")
+    words(ax, title, cells, labels, [_words(name) for name in columns])
+
+
+def words(ax: Axes, title: str, cells: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Fill a panel with a table of texts."""
     ax.axis("off")
     ax.set_title(title)
-    table = ax.table(cells, rowLabels=labels, colLabels=[_words(name) for name in columns], loc="upper right")
+    table = ax.table(cells, rowLabels=rows, colLabels=columns, loc="upper right")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.auto_set_column_width(list(range(len(columns))))
@@ -159,12 +165,11 @@ def tiles(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], column: str, va
 
 def intervals(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], values: Sequence[str]) -> None:
     """Draw values and their intervals `low_…` to `high_…`, a row for each combination of `rows`, from top to bottom."""
-    names = _joined(frame, rows)
-    for colour, mark, value in zip(PALETTE, "osD", values, strict=False):
+    for i, (colour, mark, value) in enumerate(zip(PALETTE, "osD^v", values, strict=False)):
         ends = [frame[value] - frame[f"low_{value}"], frame[f"high_{value}"] - frame[value]]
-        ax.errorbar(
-            frame[value], names, xerr=ends, fmt=mark, color=colour, markersize=4, capsize=2, label=_words(value)
-        )
+        at = np.arange(len(frame)) + 0.7 * (i + 0.5 - len(values) / 2) / len(values)
+        ax.errorbar(frame[value], at, xerr=ends, fmt=mark, color=colour, markersize=4, capsize=2, label=_words(value))
+    ax.set_yticks(range(len(frame)), _joined(frame, rows))
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=8)
     ax.legend(fontsize=8)

@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from unittest import mock
@@ -70,7 +70,10 @@ class Options:
     seed: int = field(default=0, metadata={"type": click.IntRange(min=0), "help": "Seed of every random draw."})
     device: str = field(default="cpu", metadata={"type": click.Choice(kernels.DEVICES)})
     dtype: str = field(default="float32", metadata={"type": click.Choice(DTYPES)})
-    jobs: int = field(default=1, metadata={"type": click.IntRange(min=1), "help": "Points at a time."})
+    jobs: int | None = field(
+        default=None,
+        metadata={"type": click.IntRange(min=1), "help": "Points at a time.  [default: 1, or as the study says]"},
+    )
     scheduler: str | None = field(default=None, metadata={"help": "A Dask scheduler, tcp://host:port, to run points."})
     fresh: bool = field(default=False, metadata={"is_flag": True, "help": "Forget the stored points."})
     no_progress: bool = field(default=False, metadata={"is_flag": True, "help": "No progress bar on a terminal."})
@@ -81,7 +84,8 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give the callback of a click command, called with the fields of `Options`, a flag for each of them."""
     for option in reversed(fields(Options)):
         name = f"--{option.name.replace('_', '-')}"
-        command = click.option(name, default=option.default, show_default=True, **option.metadata)(command)
+        shown = option.default is not None
+        command = click.option(name, default=option.default, show_default=shown, **option.metadata)(command)
     return command
 
 
@@ -95,6 +99,8 @@ class Study:
     run: `run(point)` returns rows, dicts of scalars; `point` also holds `seed`, `device`, `dtype`. A module's function.
     plot: `plot(frame)` returns a Figure; the frame's leading columns are the point's parameters, lists as JSON text.
     devices: those that `run` takes.
+    parallel: whether points run side by side, one a core, each with one thread, where --jobs does not say otherwise.
+    tables: `tables(frame)` returns what else is to be written as CSV, by the name of the file.
     version: raise it when stored points must be forgotten for a reason that the source does not show.
 
     Raises ValueError for a name that is no identifier and for an empty question.
@@ -106,6 +112,8 @@ class Study:
     run: Run
     plot: Callable[["pd.DataFrame"], "Figure"]
     devices: tuple[str, ...] = kernels.DEVICES
+    parallel: bool = False
+    tables: Callable[["pd.DataFrame"], dict[str, "pd.DataFrame"]] | None = None
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -141,6 +149,9 @@ class Study:
         Raises click's usage errors, ValueError as `main` does, and SystemExit with 3 or 130.
         """
         out = options.out or Path("results", self.name)
+        if options.jobs is None:
+            options = replace(options, jobs=kernels.threads() if self.parallel and not options.scheduler else 1)
+        assert options.jobs is not None
         if options.scheduler and options.jobs > 1:
             raise click.UsageError("--jobs and --scheduler exclude each other: a cluster has its own number of workers")
         if options.device not in self.devices:
@@ -168,6 +179,7 @@ class Study:
         return manifest
 
     def _sweep(self, options: Options, out: Path) -> dict[str, Any]:
+        assert options.jobs is not None
         start = time.perf_counter()
         _digest.cache_clear()
         source = _source_hash(self.run)
@@ -190,7 +202,9 @@ class Study:
         table = _table([(points[identity], outcome) for identity, outcome in outcomes.items()])
         _write(out / "results.csv", _csv(table))
         failed = [{"point": points[key], **outcome} for key, outcome in outcomes.items() if isinstance(outcome, dict)]
-        no_figure = self._draw([row for row in table if "error" not in row], out)
+        measured = [row for row in table if "error" not in row]
+        no_figure = self._draw(measured, out)
+        names = ["results.csv", *self._tabulate(measured, out), "manifest.json", *(() if no_figure else FIGURES)]
         manifest = {
             "study": self.name,
             "version": self.version,
@@ -198,7 +212,7 @@ class Study:
             "command": self._reproduce(options),
             "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "wall_seconds": time.perf_counter() - start,
-            "outputs": [str(out / name) for name in ("results.csv", "manifest.json", *(() if no_figure else FIGURES))],
+            "outputs": [str(out / name) for name in names],
             "points": len(points),
             "computed": [identity for identity in todo if isinstance(outcomes[identity], list)],
             "reused": list(stored),
@@ -254,6 +268,15 @@ class Study:
         except Exception as error:
             return [{"point": "figure", **_failure(error)}]
         return []
+
+    def _tabulate(self, rows: Rows, out: Path) -> list[str]:
+        """Write the tables that the study makes of its rows, and return the names of their files."""
+        import pandas as pd
+
+        tables = self.tables(pd.DataFrame(rows)) if self.tables and rows else {}
+        for name, table in tables.items():
+            _write(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        return [f"{name}.csv" for name in tables]
 
     def _reproduce(self, options: Options) -> str:
         module = _module_name(self.run)
@@ -420,6 +443,7 @@ def _threads(jobs: int) -> int:
 
 @contextlib.contextmanager
 def _pool(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
+    assert options.jobs is not None
     pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _start_worker)
     # Workers start while points are submitted, and must find the limits before they import NumPy.
     with mock.patch.dict(os.environ, dict.fromkeys(THREAD_LIMITS, str(_threads(options.jobs)))):

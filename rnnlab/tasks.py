@@ -15,6 +15,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from .checks import check_array, check_choice, check_dtype, check_lengths, check_positive, generator
 from .kernels.compiling import cached
+from .losses import LOSSES
+from .model import GENERATING, LAST, TOPOLOGIES, SequenceModel
+from .rnn import Recurrent
 
 __all__ = ["TASKS", "Task", "dataset", "sample_task"]
 
@@ -26,11 +29,12 @@ class Task:
     """What is to be learned.
 
     generate: compiled (rng, x, targets, lengths, order, arrays) → None; it fills x (T, B, I) and targets of sequences
-    of `lengths` (B,) steps, zero past their end. A data set sets the lengths itself, takes its sequences from `arrays`
-    and remembers in `order` which are still to come in this epoch. baseline: length ↦ the loss of the best prediction
-    that has no memory; source: who posed it. A prediction is right within `tolerance`, or where its class is the
-    likeliest; a task is solved once under `wrong_allowed` of fresh sequences have a wrong one. `extra_steps` are added
-    to the length, which is `least` or more.
+    of `lengths` (B,) steps, zero past their end. A data set sets the lengths itself (of a generating topology (2·B,),
+    those of the inputs and then those of the targets), takes its sequences from `arrays`, which are all x, targets and
+    lengths, and remembers in `order` which are still to come in this epoch. baseline: length ↦ the loss of the best
+    prediction that has no memory; source: who posed it. A prediction is right within `tolerance`, or where its class is
+    the likeliest; a task is solved once under `wrong_allowed` of fresh sequences have a wrong one. `extra_steps` are
+    added to the length, which is `least` or more.
     """
 
     name: str
@@ -46,6 +50,17 @@ class Task:
     extra_steps: int = 0
     least: int = 10
     arrays: tuple[Array, ...] = ()
+
+    def model(
+        self, cell: str, hidden_size: int, dtype: DTypeLike = "float32", seed: int | None = None, **options: Any
+    ) -> SequenceModel:
+        """Return an untrained model that fits, `options` being those of `Recurrent`.
+
+        A topology that reads its own outputs is told the right ones in training. Raises as `Recurrent`.
+        """
+        net = Recurrent(cell, self.input_size, hidden_size, dtype=dtype, seed=seed, **options)
+        forced = self.topology in GENERATING
+        return SequenceModel(net, self.output_size, self.topology, self.loss, teacher_forcing=forced, seed=seed)
 
     def right(self, outputs: Array, targets: Array) -> NDArray[np.bool_]:
         """Return (B,): the sequences of which every prediction is right, given g(y) of the model and targets."""
@@ -82,7 +97,10 @@ def check_steps(task: Task, length: Any) -> int:
 
 def target_rows(task: Task, steps: int, batch: int, dtype: DTypeLike) -> Array:
     """Return room for the targets of a batch, one row a prediction."""
-    rows, classes = steps * batch if task.topology == "many_to_many" else batch, task.loss == "cross_entropy"
+    classes = task.loss == "cross_entropy"
+    if task.topology in GENERATING:
+        steps = len(task.arrays[1]) // task.arrays[0].shape[1]
+    rows = batch if task.topology in LAST else steps * batch
     return np.zeros((rows, 1 if classes else task.output_size), np.int64 if classes else dtype)
 
 
@@ -193,7 +211,9 @@ def _from_arrays(rng: Any, x: Array, targets: Array, lengths: Array, order: Arra
             order[0], order[1:] = count, rng.permutation(count)
         n = order[order[0]]
         order[0] -= 1
-        x[:, b], lengths[b] = all_x[:, n], all_lengths[n]
+        x[:, b] = all_x[:, n]
+        for k in range(len(lengths) // B):
+            lengths[k * B + b] = all_lengths[k * count + n]
         for t in range(len(targets) // B):
             targets[t * B + b] = all_targets[t * count + n]
 
@@ -203,23 +223,27 @@ def dataset(
     targets: Array,
     lengths: Any = None,
     *,
+    topology: str = "many_to_one",
     loss: str = "cross_entropy",
-    every: bool = False,
+    target_lengths: Any = None,
     output_size: int | None = None,
     name: str = "dataset",
 ) -> Task:
     """Return sequences x (T, N, I) with targets as a task: minibatches without replacement within each epoch.
 
-    Targets are (N,) classes or (N, O) numbers, with `every` (T, N) or (T, N, O) for a prediction at every step of each
-    sequence; `output_size` is by default the number of classes seen, or O. Raises TypeError and ValueError as
-    `SequenceModel.loss_and_gradients` does.
+    Arguments are those of `SequenceModel.loss_and_gradients` for all N sequences at once; `output_size` is by default
+    the number of classes seen, or of the targets' numbers. Raises TypeError and ValueError as that does.
     """
-    check_choice("loss", loss, ("cross_entropy", "mse", "bce"))
+    check_choice("loss", loss, LOSSES)
+    generates = check_choice("topology", topology, TOPOLOGIES) in GENERATING
     if not isinstance(x, np.ndarray) or not isinstance(targets, np.ndarray):
         raise TypeError(f"x and targets must be numpy arrays, got {type(x).__name__} and {type(targets).__name__}")
-    x = check_array("x", x, ("T", "N", "I"), check_dtype("dtype of x", x.dtype))
+    x = check_array("x", x, (1 if topology.startswith("one") else "T", "N", "I"), check_dtype("dtype of x", x.dtype))
     T, N, I = x.shape
-    shape = (T, N) if every else (N,)
+    if target_lengths is not None and not generates:
+        raise ValueError(f"target_lengths belongs to one_to_many and encoder_decoder, got it for {topology}")
+    steps = targets.shape[0] if generates and targets.ndim > 1 else T
+    shape = (N,) if topology in LAST else (steps, N)
     if loss == "cross_entropy":
         if targets.dtype.kind not in "iu" or targets.shape != shape or targets.min() < 0:
             raise ValueError(f"targets must be integers from 0 of shape {shape}, got {targets.dtype} {targets.shape}")
@@ -227,11 +251,12 @@ def dataset(
     else:
         rows = check_array("targets", targets, (*shape, "O"), x.dtype).reshape(math.prod(shape), -1)
         outputs = rows.shape[1]
-    arrays = x, rows, check_lengths("lengths", lengths, N, T)
-    topology = "many_to_many" if every else "many_to_one"
+    ends = [check_lengths("lengths", lengths, N, T)]
+    ends += [check_lengths("target_lengths", target_lengths, N, steps)] if generates else []
     size = outputs if output_size is None else check_positive("output_size", output_size)
     if size < outputs:
         raise ValueError(f"output_size must be at least {outputs} for these targets, got {size}")
+    arrays = x, rows, np.concatenate(ends)
     return Task(name, I, size, topology, loss, _from_arrays, lambda length: math.nan, "given arrays", arrays=arrays)
 
 

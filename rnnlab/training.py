@@ -20,11 +20,11 @@ from .kernels import step as steps_of
 from .kernels.clip import NORM
 from .kernels.clip import clip as clip_kernel
 from .kernels.step import NOTHING, Bound, Readout, bind, loop, prepare_gradients, prepare_omega
-from .model import SequenceModel
+from .model import LAST, SequenceModel
 from .optim import Optimiser
 from .params import Params
 from .rnn import past_end
-from .tasks import TASKS, Task, check_steps, sample_task
+from .tasks import TASKS, Task, check_steps, sample_task, target_rows
 
 __all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train"]
 
@@ -72,11 +72,6 @@ class TrainingStep:
         omega: float = 0.0,
     ) -> None:
         net = model.rnn
-        if model.generates or net.num_layers > 1 or net.bidirectional or net.dropout:
-            raise ValueError(
-                f"model must have one layer in one direction, no dropout and inputs that are given, "
-                f"got {model.topology} of {net!r}"
-            )
         if net.device != "cpu":
             raise ValueError(f"model must be on the CPU, got {net!r}")
         self.steps, self.batch = check_positive("steps", steps), check_positive("batch", batch)
@@ -88,6 +83,7 @@ class TrainingStep:
         if check_number("omega", omega, 0, math.inf) and (not net.cell.name.startswith("rnn_") or within):
             raise ValueError(f"omega needs a cell rnn_… and no rule within BPTT, got {net.cell.name}, {clip!r}")
         self.model, self.optimiser, self.clip = model, optimiser, clip
+        self._check(within or omega > 0)
         T, B, classes = self.steps, self.batch, model.loss_name == "cross_entropy"
         N = T * B if model.topology == "many_to_many" else B
         self._x, self._lengths = np.zeros((T, B, net.input_size), net.dtype), np.full(B, T)
@@ -110,6 +106,14 @@ class TrainingStep:
         given = Bound(0, batches), gradients, regularise, exact[1], clipping, bind(optimiser.kernel, *update)
         self._parts, self._span = list(given), (T, T)
         self._inside = clipped, flat, exact[0].flat
+
+    def _check(self, inside: bool) -> None:
+        """Raise ValueError for a model that it cannot take; `inside`: with a rule or regulariser within BPTT."""
+        if not _compiles(self.model):
+            raise ValueError(
+                f"model must have one layer in one direction, no dropout and inputs that are given, "
+                f"got {self.model.topology} of {self.model.rnn!r}"
+            )
 
     def _gradients(
         self, clip: ClippingRule | None, clipped: Array, omega: float, figures: Array
@@ -174,6 +178,51 @@ class TrainingStep:
         loop(codes, *given, self.counts, self.figures, updates, patience)
 
 
+def _compiles(model: SequenceModel) -> bool:
+    """Return whether whole steps of a model are one compiled call."""
+    return not (model.generates or model.rnn.num_layers > 1 or model.rnn.bidirectional or model.rnn.dropout)
+
+
+class _GeneralStep(TrainingStep):
+    """A step of any model on a task: the gradient is that of `loss_and_gradients`, all else as in `TrainingStep`."""
+
+    def _check(self, inside: bool) -> None:
+        if inside:
+            raise ValueError(
+                "model must have one layer in one direction, no dropout and inputs that are given for omega and rules "
+                f"within BPTT, got {self.model.topology} of {self.model.rnn!r}"
+            )
+
+    def _gradients(
+        self, clip: ClippingRule | None, clipped: Array, omega: float, figures: Array
+    ) -> tuple[Params, Bound, Bound]:
+        return self.model.params.like(), NOTHING, NOTHING
+
+    def feed(self, task: Task, rng: np.random.Generator, order: Array, span: tuple[int, int]) -> None:
+        kinds, B = 2 if self.model.generates else 1, self.batch
+        self._lengths = np.full(kinds * B, self.steps)
+        self._targets = target_rows(task, self.steps, B, self.model.rnn.dtype)
+        super().feed(task, rng, order, span)
+        self._parts[0] = Bound(0, self._parts[0].arguments, task.generate)  # the loop is not to draw
+
+    def run(self, updates: int, patience: int = 1) -> None:
+        model, B, O = self.model, self.batch, self._targets.shape[1]
+        shape = (B,) if model.topology in LAST else (-1, B)
+        targets = self._targets.reshape(shape if model.loss_name == "cross_entropy" else (*shape, O))
+        ends: dict[str, Any] = {"target_lengths": self._lengths[B:]} if model.generates else {}
+        lengths = None if model.topology == "one_to_many" else self._lengths[:B]
+        (rng, *_), draw = self._parts[0].arguments, self._parts[0].kept
+        for _ in range(updates):
+            if self._span[0] < self._span[1]:
+                self._lengths[:] = rng.integers(self._span[0], self._span[1] + 1)
+            draw(*self._parts[0].arguments)
+            found = model.loss_and_gradients(self._x, targets, lengths, **ends, training=True)
+            self.gradient.flat[:], self.figures[steps_of.LOSS] = found.params.flat, found.loss
+            super().run(1, patience)
+            if self.counts[steps_of.SKIPPED_IN_A_ROW] >= patience:
+                break
+
+
 # Whole runs ---------------------------------------------------------------------------------------------------------
 
 #: So many updates skipped in a row end a run: nothing has moved, and hardly will.
@@ -229,7 +278,9 @@ def train(
     """Train `model` in place on batches of a task, by name or as `tasks.dataset` makes it, and return the log.
 
     Batches, forward pass, BPTT, clipping and update are one compiled loop without the GIL, in one thread (see
-    `TrainingStep`, also for `clip` and `omega`): run several in threads. `length` is that of the sequences, or the
+    `TrainingStep`, also for `clip` and `omega`): run several in threads. Models of several layers, of both directions,
+    with dropout or of a topology that reads its own outputs take each gradient from `loss_and_gradients` instead, in
+    as many threads as pay, and neither `omega` nor a rule within BPTT. `length` is that of the sequences, or the
     least and largest of a length drawn for each batch; a data set has its own. `log` rows are taken a decade of
     updates, and one at every multiple of `evaluate_every`. `measure` maps names of columns to functions of the model,
     called for each row; `evaluation` is called for each row, or every so many updates; both give NaN once a parameter
@@ -237,12 +288,15 @@ def train(
     with the same bits.
 
     A network that diverges is an outcome of the log. Raises ValueError for a model that does not fit the task, a
-    checkpoint of other settings and sizes out of range; TypeError for a data set of another dtype.
+    checkpoint of other settings or with dropout and sizes out of range; TypeError for a data set of another dtype.
     """
     task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
     span = _check_task(model, task, length)
     points = _points(check_positive("updates", updates), check_positive("log", log), evaluate_every)
-    step = TrainingStep(model, span[1], batch, optimiser, clip, omega=omega)
+    if checkpoint is not None and model.rnn.dropout:
+        raise ValueError(f"checkpoint takes no dropout, whose draws it does not keep, got {model.rnn!r}")
+    kind = TrainingStep if _compiles(model) else _GeneralStep
+    step = kind(model, span[1], batch, optimiser, clip, omega=omega)
     run = _Run(step, task, span, seed, repr((task.name, optimiser, clip, omega, length, batch, seed, model.rnn)))
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():

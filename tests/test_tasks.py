@@ -136,7 +136,7 @@ def test_a_data_set_gives_each_sequence_once_an_epoch(every):
     x = rng.normal(size=(T, N, 2))
     x[0, :, 0] = np.arange(N)
     targets = rng.integers(3, size=(T, N)) if every else np.arange(N) % 3
-    task = dataset(x, targets, np.arange(N) % T + 1, every=every)
+    task = dataset(x, targets, np.arange(N) % T + 1, topology="many_to_many" if every else "many_to_one")
     assert (task.input_size, task.output_size, task.loss) == (2, 3, "cross_entropy")
     assert np.isnan(task.baseline(T))
     seen, order = [], np.zeros(1 + N, np.int64)
@@ -168,7 +168,11 @@ def test_bad_arguments_are_named():
         ((x, labels[:2]), {}, r"targets must be integers from 0 of shape \(3,\)"),
         ((x, labels - 1), {}, "targets must be integers from 0"),
         ((x, labels), {"output_size": 2}, "output_size must be at least 3"),
-        ((x, labels), {"every": True}, r"of shape \(5, 3\)"),
+        ((x, labels), {"topology": "many_to_many"}, r"of shape \(5, 3\)"),
+        ((x, labels), {"topology": "one_to_one"}, r"x must have shape \(1, N, I\)"),
+        ((x, labels), {"topology": "one_to_six"}, "topology must be one of one_to_one"),
+        ((x, labels), {"target_lengths": [1, 1, 1]}, "target_lengths belongs to one_to_many and encoder_decoder"),
+        ((x, x[:2, :, 0].astype(int), None), {"topology": "encoder_decoder", "target_lengths": [1, 3, 1]}, "1…2"),
         ((x, labels, [5, 6, 1]), {}, "lengths must lie in 1…5"),
         ((x, labels), {"loss": "hinge"}, "loss must be one of"),
         ((x * np.nan, labels), {}, "x must be finite"),

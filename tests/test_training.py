@@ -528,3 +528,75 @@ def test_bad_arguments_of_a_run_are_named():
             train(model, task, SGD(0.1), **(good | options))
     with pytest.raises(ValueError, match="task must be one of adding"):
         error_rate(model, data, LENGTH)
+
+
+# Models that no compiled step takes ---------------------------------------------------------------------------------
+
+
+def pairs(dtype="float64"):
+    """Sequences to be answered by others, both of unequal length, as a task."""
+    rng = np.random.default_rng(0)
+    lengths, target_lengths = rng.integers(1, 6, size=9), rng.integers(1, 5, size=9)
+    x = rng.normal(size=(5, 9, 3)) * (np.arange(5)[:, None] < lengths)[..., None]
+    told = {"topology": "encoder_decoder", "target_lengths": target_lengths, "output_size": 4}
+    return dataset(x.astype(dtype), rng.integers(4, size=(4, 9)), lengths, **told)
+
+
+def stacked(dropout=0.0, seed=0):
+    net = Recurrent("gru", 6, 5, 2, bidirectional=True, dropout=dropout, dtype="float64", seed=seed)
+    return SequenceModel(net, 4, seed=seed)
+
+
+def test_any_model_takes_the_steps_of_its_gradients():
+    """Written out: draw, gradient, clipping, update; what is compiled apart gives the same numbers."""
+    data, order = pairs(), "temporal_order"
+    for task, model, twin, length in (
+        (data, data.model("lstm", 5, "float64", 0), data.model("lstm", 5, "float64", 0), None),
+        (TASKS[order], stacked(), stacked(), (LENGTH, 12)),
+    ):
+        log = train(model, task, Adam(0.02), batch=4, updates=7, length=length, clip=ByGlobalNorm(0.1), seed=3)
+        T, B, generates = len(data.arrays[0]) if length is None else 12, 4, twin.generates
+        rng, x = generator(3, "training"), np.zeros((T, B, task.input_size))
+        targets, lengths = target_rows(task, T, B, "float64"), np.full(2 * B if generates else B, T)
+        places, state = np.zeros(10, np.int64), np.zeros((2, twin.params.flat.size))
+        for update in range(1, 8):
+            if length:
+                lengths[:] = rng.integers(length[0], length[1] + 1)
+            task.generate(rng, x, targets, lengths, places, task.arrays)
+            told = {"target_lengths": lengths[B:]} if generates else {}
+            wanted = targets.reshape(-1, B) if generates else targets[:, 0]
+            found = twin.loss_and_gradients(x, wanted, lengths[:B], **told)
+            clipped = ByGlobalNorm(0.1)(found.params, twin.params)
+            Adam(0.02).update(twin.params.flat, clipped.gradient.flat, state, update)
+        assert log.rows[-1]["norm"] == clipped.record.norm
+        assert log.rows[-1]["updates_clipped"] == 1
+        np.testing.assert_array_equal(model.params.flat, twin.params.flat)
+
+
+def test_any_model_learns_and_resumes_to_the_same_bits(tmp_path):
+    data = pairs()
+    arguments = {"batch": 3, "clip": ByGlobalNorm(1.0), "seed": 1}
+    whole = data.model("gru", 16, "float64", 0)
+    log = train(whole, data, Adam(0.02), updates=150, **arguments)
+    assert log.rows[-1]["loss"] < 0.1 * log.rows[1]["loss"]  # nine answers can be learned by heart
+    again = data.model("gru", 16, "float64", 0)
+    for updates in (60, 150):
+        file = tmp_path / "run.npz"
+        log = train(again, data, Adam(0.02), updates=updates, checkpoint=file, **arguments)
+    np.testing.assert_array_equal(again.params.flat, whole.params.flat)
+
+
+def test_dropout_is_drawn_in_training_and_not_kept(tmp_path):
+    models = [stacked(dropout) for dropout in (0.0, 0.5)]
+    for model in models:
+        train(model, "temporal_order", SGD(0.1), batch=4, updates=1, length=LENGTH)
+    assert (models[0].params.flat != models[1].params.flat).any()
+    with pytest.raises(ValueError, match="checkpoint takes no dropout"):
+        train(models[1], "temporal_order", SGD(0.1), batch=4, updates=1, length=LENGTH, checkpoint=tmp_path / "x.npz")
+
+
+def test_what_no_compiled_step_takes_clips_no_states():
+    for options in ({"clip": PerTimeStep(1.0)}, {"clip": None, "omega": 1.0}):
+        model = SequenceModel(Recurrent("rnn_tanh", 6, 5, 2, seed=0), 4, seed=0)
+        with pytest.raises(ValueError, match=r"model must have one layer in one direction, .* for omega and rules"):
+            train(model, "temporal_order", SGD(0.1), batch=4, updates=1, length=LENGTH, **options)

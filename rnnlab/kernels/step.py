@@ -220,7 +220,8 @@ def loop(codes, generate, span, gradients, omega, exact, clip, update, inside, c
     Where a generator is called, and the ends of `span` are not the same, all sequences of a batch have one length drawn
     from between them, as in the program of Pascanu, Mikolov & Bengio (2013).
     `inside`: the counts of a rule that clips within BPTT (see `cpu.Clip`), its gradient and the exact one. `exact`
-    computes that for the last update only: of the others the norm before clipping and the cosine are NaN.
+    computes that for the last update only: of the others the norm before clipping and the cosine are NaN. Without a
+    code for `gradients` the gradient and its loss are those that are there.
     """
     clipped, gradient, exact_gradient = inside
     weights, state, settings = update
@@ -230,7 +231,8 @@ def loop(codes, generate, span, gradients, omega, exact, clip, update, inside, c
                 generate[3][:] = generate[0].integers(span[0], span[1] + 1)
             call(codes[0], generate)
         clipped[:] = 0
-        call(codes[1], gradients)
+        if codes[1] != 0:
+            call(codes[1], gradients)
         if codes[2] != 0:
             call(codes[2], omega)
         call(codes[4], clip)

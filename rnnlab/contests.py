@@ -1,0 +1,281 @@
+"""Contests between cells on one task: what networks cost, what they reach within a budget, and who wins.
+
+A point is what a study's `run` takes: task, cell, length (of a synthetic task), batch, updates, dtype and so on. Skill
+is the share of the error of a prediction without learning that a network removes, see `applications.skill`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .applications import APPLICATIONS, Part, load, measure, skill
+from .clipping import ByGlobalNorm
+from .costs import Shape, layout, memory, parameters
+from .gradients import gradient_flow
+from .inference import Inference
+from .model import LAST, SequenceModel
+from .optim import Adam
+from .peers import NotApplicable, train_torch
+from .statistics import bootstrap, columns
+from .tasks import TASKS, Task, sample_task
+from .timing import interleave, ratio
+from .training import train
+
+__all__ = ["THRESHOLD", "Learned", "Setting", "averages", "beside_torch", "budgets_of", "evidence", "learn", "price"]
+__all__ += ["setting", "skills", "verdicts"]
+
+#: Clipping by global norm; validations within the budget of updates, on so many sequences at most.
+THRESHOLD, EVALUATIONS, HELD_OUT = 1.0, 8, 500
+
+Point = dict[str, Any]
+Kept = list[tuple[float, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task with what its networks are judged by.
+
+    length: of a synthetic task; steps: those of the inputs, or of what is generated; metric: one of those of
+    `applications.Application`, with what a prediction without learning reaches in it; validation and test parts.
+    """
+
+    task: Task
+    length: int | None
+    steps: int
+    metric: str
+    baseline: float
+    validation: Part
+    test: Part
+
+    def shapes(self, cell: str, hidden: int, batch: int = 1) -> tuple[Shape, ...]:
+        """Return the networks of a model, whose costs add up."""
+        sizes = self.steps, batch, self.task.input_size, hidden, self.task.output_size
+        return layout(self.task.topology, cell, *sizes)
+
+    def parameters(self, cell: str, hidden: int) -> int:
+        """Return the parameters of a model."""
+        return sum(map(parameters, self.shapes(cell, hidden)))
+
+    def skill(self, model: SequenceModel, part: Part) -> float:
+        """Return the skill of a model, −∞ where it has diverged."""
+        found = skill(self.metric, measure(model, self.metric, part), self.baseline)
+        return found if np.isfinite(found) else -np.inf
+
+
+def setting(point: Point) -> Setting:
+    """Return the setting of the application or synthetic task that a point names."""
+    name, length, dtype = point["task"], point["length"], point["dtype"]
+    if name in APPLICATIONS:
+        data = load(name, dtype)
+        kind = data.application
+        steps = len(data.train.targets) if kind.topology == "one_to_many" else len(data.train.x)
+        validation = first(data.validation, HELD_OUT, kind.loss)
+        return Setting(data.task(), None, steps, kind.metric, data.baseline, validation, data.test)
+    parts = [Part(*sample_task(name, length, HELD_OUT, 1000 + k, dtype), None, None) for k in range(2)]
+    task, steps = TASKS[name], len(parts[0].x)
+    if task.loss == "cross_entropy" and task.topology in LAST:
+        return Setting(task, length, steps, "accuracy", 1 / task.output_size, *parts)
+    classes, baseline = task.loss == "cross_entropy", task.baseline(length)
+    metric, error = ("bits a symbol", baseline / np.log(2)) if classes else ("squared error", baseline)
+    return Setting(task, length, steps, metric, error, *parts)
+
+
+def price(at: Setting, point: Point, hidden: int) -> dict[str, Any]:
+    """Return what networks cost, and each cost in proportion to the LSTM's, measured in turns with it."""
+    cell, dtype, few = point["cell"], point["dtype"], 4
+    sizes = {cell: hidden, "lstm": point["hidden"]}
+    models = {name: at.task.model(name, size, dtype, 0) for name, size in sizes.items()}
+    calls = {
+        f"{name}, {B}": partial(Inference(model.rnn, at.steps, B), np.zeros((at.steps, B, at.task.input_size), dtype))
+        for name, model in models.items()
+        for B in (1, 64)
+    }
+    times = interleave(calls, seconds=0.3, rounds=(5, 100), pause=0)
+    given: dict[str, Any] = {"length": at.length, "batch": point["batch"], "clip": ByGlobalNorm(THRESHOLD), "log": 1}
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(7):
+        for name, model in models.items():
+            spent[name].append(train(model, at.task, Adam(0.0), updates=few, **given).seconds / few)
+    times |= {f"{name}, update": np.array(seconds) for name, seconds in spent.items()}
+    found: dict[str, Any] = {"topology": at.task.topology, "hidden_size": hidden}
+    for what, column in (("update", "update"), (1, "latency"), (64, "batch_of_64")):
+        found[f"{column}_milliseconds"] = 1e3 * float(np.median(times[f"{cell}, {what}"]))
+        found[f"{column}_ratio"] = ratio(times[f"lstm, {what}"], times[f"{cell}, {what}"]).median
+    for column, count in (("parameters", parameters), ("bytes", lambda shape: memory(shape, dtype).total)):
+        own, lstm = (sum(map(count, at.shapes(name, sizes[name], point["batch"]))) for name in (cell, "lstm"))
+        found |= {column: own, f"{column}_ratio": own / lstm}
+    return found
+
+
+def budgets_of(point: Point, update_ratio: float) -> dict[str, int]:
+    """Return the updates that a network takes in each contest, given the time of one beside the LSTM's.
+
+    Networks of equal parameters (`sizes` of the point) are also in that of equal time, the LSTM is in all of them. So
+    many updates are a multiple of the number of validations, the last of which is then at the end.
+    """
+    updates = point["updates"] // EVALUATIONS * EVALUATIONS
+    if point["sizes"] == "units":
+        return {"units": updates}
+    in_time = EVALUATIONS * max(1, int(updates / update_ratio) // EVALUATIONS)
+    return {"parameters": updates, "time": in_time} | ({"units": updates} if point["cell"] == "lstm" else {})
+
+
+class Learned(NamedTuple):
+    """A trained network: validation skill by updates, and of each contest its test."""
+
+    curve: list[tuple[int, float]]
+    tests: dict[str, dict[str, float]]
+
+    def valid(self, updates: int) -> float:
+        """Return the best skill in validation within so many updates."""
+        return max(value for update, value in self.curve if update <= updates)
+
+
+def learn(at: Setting, point: Point, hidden: int, budgets: dict[str, int], rate: float, seed: int) -> Learned:
+    """Train one network, and test it for each budget of updates where its validation within that was best."""
+    model = at.task.model(point["cell"], hidden, point["dtype"], seed)
+    kept: Kept = []
+    given: dict[str, Any] = {
+        "length": at.length,
+        "batch": point["batch"],
+        "clip": ByGlobalNorm(THRESHOLD),
+        "seed": seed,
+    }
+    given |= {
+        "evaluation": partial(look, at, kept),
+        "evaluate_every": max(1, min(budgets.values()) // EVALUATIONS),
+        "log": 1,
+    }
+    log = train(model, at.task, Adam(rate), updates=max(budgets.values()), **given)
+    curve = [(row["update"], row["evaluation"]) for row in log.rows if not np.isnan(row["evaluation"])]
+    tests: dict[str, dict[str, float]] = {}
+    for contest, budget in budgets.items():
+        tests[contest] = best_within(at, model, curve, kept, budget)
+        if len(tests) == 1 and not model.generates:
+            tests[contest]["horizon_steps"] = horizon(at, model)
+    return Learned(curve, tests)
+
+
+def look(at: Setting, kept: Kept, model: SequenceModel) -> float:
+    """Keep a model's parameters with its skill in validation, and return that."""
+    kept.append((at.skill(model, at.validation), model.params.flat.copy()))
+    return kept[-1][0]
+
+
+def best_within(
+    at: Setting, model: SequenceModel, curve: list[tuple[int, float]], kept: Kept, budget: int
+) -> dict[str, float]:
+    """Set the parameters whose validation was best within a budget of updates, and return their test."""
+    within = [k for k, (update, _) in enumerate(curve) if update <= budget]
+    number = max(within, key=lambda k: curve[k][1])
+    model.params.flat[:] = kept[number][1]
+    value = measure(model, at.metric, at.test)
+    return {"value": value, "skill": skill(at.metric, value, at.baseline), "best_update": curve[number][0]}
+
+
+def horizon(at: Setting, model: SequenceModel) -> float:
+    """Return the horizon of dL/dh on 64 sequences of the test, the loss at their last step."""
+    part = first(at.test, 64, model.loss_name)
+    targets, count = part.targets, part.x.shape[1]
+    if model.topology not in LAST:
+        targets = targets[(np.full(count, len(part.x)) if part.lengths is None else part.lengths) - 1, np.arange(count)]
+    return gradient_flow(model, part.x, targets, lengths=part.lengths).decay("h", resamples=1).horizon
+
+
+def first(part: Part, count: int, loss: str) -> Part:
+    """Return the first sequences of a part."""
+    lengths, target_lengths = (None if ends is None else ends[:count] for ends in (part.lengths, part.target_lengths))
+    targets = part.targets[..., :count] if loss == "cross_entropy" else part.targets[..., :count, :]
+    x, targets = np.ascontiguousarray(part.x[:, :count]), np.ascontiguousarray(targets)
+    return Part(x, targets, lengths, target_lengths)
+
+
+def beside_torch(at: Setting, point: Point, hidden: int, rate: float, seeds: list[int]) -> list[dict[str, Any]]:
+    """Train PyTorch's network of the same kind, size, learning rate and batches for as many updates."""
+    rows: list[dict[str, Any]] = []
+    given = {
+        "length": at.length,
+        "batch": point["batch"],
+        "updates": point["updates"],
+        "every": max(1, point["updates"] // EVALUATIONS),
+    }
+    for k, seed in enumerate(seeds):
+        model = at.task.model(point["cell"], hidden, point["dtype"], seed)
+        kept: Kept = []
+        try:
+            curve = train_torch(
+                model, at.task, rate, threshold=THRESHOLD, seed=seed, evaluation=partial(look, at, kept), **given
+            )
+        except NotApplicable:  # it has no such arrangement
+            return []
+        rows.append({"kind": "torch", "network": k, **best_within(at, model, curve, kept, point["updates"])})
+    return rows
+
+
+# What the runs of a study say together ------------------------------------------------------------------------------
+
+
+def skills(frame: pd.DataFrame, rows: list[str], names: dict[str, pd.Series]) -> pd.DataFrame:
+    """Return one row for each combination of `rows`: the mean skill under every name and its bootstrap interval."""
+    table = []
+    for key, part in frame.groupby(rows, sort=False):
+        row: dict[str, Any] = dict(zip(rows, key, strict=True))
+        for name, chosen in names.items():
+            values = part.loc[chosen[part.index], "skill"]
+            row |= columns(name, bootstrap(values) if len(values) else (np.nan,) * 3)
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a task and contest: the GRU's skill less the LSTM's, who wins, and the best of all cells.
+
+    The interval is a bootstrap over networks, paired by their batches; `as_good` are the cells whose distance to the
+    best has an interval that holds 0.
+    """
+    rows = []
+    for (task, contest), part in frame[frame["kind"] == "run"].groupby(["task", "contest"], sort=False):
+        table = part.pivot(index="network", columns="cell", values="skill")
+        if not {"lstm", "gru"} <= set(table):
+            continue
+        interval = bootstrap(table["gru"] - table["lstm"])
+        winner = "gru" if interval[1] > 0 else "lstm" if interval[2] < 0 else "no difference"
+        best = str(table.mean().idxmax())
+        behind = {cell: bootstrap(table[best] - table[cell])[1] for cell in table if cell != best}
+        as_good = " ".join(str(cell) for cell, low in behind.items() if not low > 0)
+        row = {"task": task, "contest": contest, **columns("gru_less_lstm", interval), "winner": winner, "best": best}
+        rows.append(row | {"best_skill": table[best].mean(), "as_good": as_good})
+    return pd.DataFrame(rows)
+
+
+def evidence(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return what `rnnlab.choose` reads: skill at equal parameters of each cell, over the tasks of a topology."""
+    topology = frame.dropna(subset="topology").drop_duplicates("task").set_index("task")["topology"]
+    runs, rows = frame[frame["contest"] == "parameters"], []
+    for (kind, cell), part in runs.groupby([runs["task"].map(topology), "cell"], sort=False):
+        over_tasks = part.groupby("network")["skill"].mean()
+        interval = columns("skill", bootstrap(over_tasks))
+        rows.append({"topology": kind, "cell": cell, **interval, "tasks": part["task"].nunique()})
+    return pd.DataFrame(rows)
+
+
+def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {"verdicts": verdicts(frame), "evidence": evidence(frame)}
+
+
+def averages(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a cell and contest: mean skill and geometric means of costs, over tasks in which all took part."""
+    costs = frame[frame["kind"] == "cost"].set_index(["task", "cell", "sizes"])
+    runs = frame[(frame["kind"] == "run") & (frame["contest"] != "time")]
+    entered = runs.groupby("task")[["cell", "contest"]].apply(lambda part: len(part.drop_duplicates()))
+    runs = runs[runs["task"].map(entered == entered.max())]
+    rows = []
+    for (cell, contest), part in runs.groupby(["cell", "contest"], sort=False):
+        own = costs.loc[[(task, cell, "parameters" if cell == "lstm" else contest) for task in part["task"].unique()]]
+        ratios = own.filter(like="_ratio").astype(float)
+        row = {"cell": cell, "contest": contest, "skill": part.groupby("task")["skill"].mean().mean()}
+        rows.append(row | np.exp(np.log(ratios).mean()).to_dict())
+    return pd.DataFrame(rows)
