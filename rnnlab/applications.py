@@ -8,6 +8,7 @@ of events; the split is the same every time, and for what happens in time it is 
 import gzip
 import importlib
 import io
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -156,7 +157,7 @@ def measure(model: SequenceModel, metric: str, part: Part) -> float:
         loss = model.loss_and_gradients(part.x, part.targets, part.lengths, target_lengths=ends).loss
     else:
         loss = model.mean_loss(part.x, part.targets, part.lengths)
-    return loss / np.log(2) if metric == "bits a symbol" else loss
+    return loss / math.log(2) if metric == "bits a symbol" else loss
 
 
 def skill(metric: str, value: float, baseline: float) -> float:

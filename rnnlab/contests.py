@@ -72,7 +72,7 @@ def setting(point: Point) -> Setting:
         data = load(name, dtype)
         kind = data.application
         steps = len(data.train.targets) if kind.topology == "one_to_many" else len(data.train.x)
-        validation = first(data.validation, HELD_OUT, kind.loss)
+        validation = _first(data.validation, HELD_OUT, kind.loss)
         return Setting(data.task(), None, steps, kind.metric, data.baseline, validation, data.test)
     parts = [Part(*sample_task(name, length, HELD_OUT, 1000 + k, dtype), None, None) for k in range(2)]
     task, steps = TASKS[name], len(parts[0].x)
@@ -145,7 +145,7 @@ def learn(at: Setting, point: Point, hidden: int, budgets: dict[str, int], rate:
         "seed": seed,
     }
     given |= {
-        "evaluation": partial(look, at, kept),
+        "evaluation": partial(_look, at, kept),
         "evaluate_every": max(1, min(budgets.values()) // EVALUATIONS),
         "log": 1,
     }
@@ -153,19 +153,19 @@ def learn(at: Setting, point: Point, hidden: int, budgets: dict[str, int], rate:
     curve = [(row["update"], row["evaluation"]) for row in log.rows if not np.isnan(row["evaluation"])]
     tests: dict[str, dict[str, float]] = {}
     for contest, budget in budgets.items():
-        tests[contest] = best_within(at, model, curve, kept, budget)
+        tests[contest] = _best_within(at, model, curve, kept, budget)
         if len(tests) == 1 and not model.generates:
-            tests[contest]["horizon_steps"] = horizon(at, model)
+            tests[contest]["horizon_steps"] = _horizon(at, model)
     return Learned(curve, tests)
 
 
-def look(at: Setting, kept: Kept, model: SequenceModel) -> float:
+def _look(at: Setting, kept: Kept, model: SequenceModel) -> float:
     """Keep a model's parameters with its skill in validation, and return that."""
     kept.append((at.skill(model, at.validation), model.params.flat.copy()))
     return kept[-1][0]
 
 
-def best_within(
+def _best_within(
     at: Setting, model: SequenceModel, curve: list[tuple[int, float]], kept: Kept, budget: int
 ) -> dict[str, float]:
     """Set the parameters whose validation was best within a budget of updates, and return their test."""
@@ -176,16 +176,16 @@ def best_within(
     return {"value": value, "skill": skill(at.metric, value, at.baseline), "best_update": curve[number][0]}
 
 
-def horizon(at: Setting, model: SequenceModel) -> float:
+def _horizon(at: Setting, model: SequenceModel) -> float:
     """Return the horizon of dL/dh on 64 sequences of the test, the loss at their last step."""
-    part = first(at.test, 64, model.loss_name)
+    part = _first(at.test, 64, model.loss_name)
     targets, count = part.targets, part.x.shape[1]
     if model.topology not in LAST:
         targets = targets[(np.full(count, len(part.x)) if part.lengths is None else part.lengths) - 1, np.arange(count)]
     return gradient_flow(model, part.x, targets, lengths=part.lengths).decay("h", resamples=1).horizon
 
 
-def first(part: Part, count: int, loss: str) -> Part:
+def _first(part: Part, count: int, loss: str) -> Part:
     """Return the first sequences of a part."""
     lengths, target_lengths = (None if ends is None else ends[:count] for ends in (part.lengths, part.target_lengths))
     targets = part.targets[..., :count] if loss == "cross_entropy" else part.targets[..., :count, :]
@@ -207,11 +207,11 @@ def beside_torch(at: Setting, point: Point, hidden: int, rate: float, seeds: lis
         kept: Kept = []
         try:
             curve = train_torch(
-                model, at.task, rate, threshold=THRESHOLD, seed=seed, evaluation=partial(look, at, kept), **given
+                model, at.task, rate, threshold=THRESHOLD, seed=seed, evaluation=partial(_look, at, kept), **given
             )
         except NotApplicable:  # it has no such arrangement
             return []
-        rows.append({"kind": "torch", "network": k, **best_within(at, model, curve, kept, point["updates"])})
+        rows.append({"kind": "torch", "network": k, **_best_within(at, model, curve, kept, point["updates"])})
     return rows
 
 

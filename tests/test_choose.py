@@ -98,7 +98,8 @@ def test_evidence_ranks_and_speaks(law, tmp_path, monkeypatch):
     assert "No study" not in text
 
 
-def test_command_prints_a_ranked_table(law):
+def test_command_prints_a_ranked_table(law, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "EVIDENCE", tmp_path / "none.csv")
     result = CliRunner().invoke(main, [*WORDS, "--params", "100000"])
     assert result.exit_code == 0
     lines = result.stdout.splitlines()

@@ -108,8 +108,12 @@ def test_parameters_are_those_of_keras(cell, inputs, hidden, layers, both, count
     assert parameters(shape, biases=1) + (hidden * 3 * len(shape.layers) if cell == "gru" else 0) == count
 
 
-@pytest.mark.parametrize(("cell", "inputs", "hidden", "layers", "both", "_"), KERAS[:9])
-def test_parameters_are_those_of_pytorch(cell, inputs, hidden, layers, both, _):
+#: The configurations that PyTorch has too, and three more.
+PYTORCH = [row[:5] for row in KERAS[:9]] + [(cell, 3, 5, 3, True) for cell in ("rnn_tanh", "lstm", "gru")]
+
+
+@pytest.mark.parametrize(("cell", "inputs", "hidden", "layers", "both"), PYTORCH)
+def test_parameters_are_those_of_pytorch(cell, inputs, hidden, layers, both):
     torch = pytest.importorskip("torch")
     make = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[cell]
     net = make(inputs, hidden, layers, bidirectional=both), torch.nn.Linear(hidden * (1 + both), 10)

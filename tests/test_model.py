@@ -629,3 +629,15 @@ def test_saturated_cross_entropy_keeps_its_tail():
     tail = np.exp(-20) / (1 + np.exp(-20))
     np.testing.assert_allclose(slope, [[-tail, tail]], rtol=1e-6)  # a few roundings of 6e-8
     np.testing.assert_allclose(value, [np.log1p(np.exp(-20))], rtol=1e-6)
+
+
+@pytest.mark.parametrize("topology", ["many_to_one", "many_to_many"])
+def test_mean_loss_is_that_of_the_gradients(topology):
+    rng, T, B = np.random.default_rng(0), 6, 3
+    model = SequenceModel(Recurrent("lstm", 2, 4, seed=0, dtype="float64"), 3, topology, seed=0)
+    x, lengths = rng.normal(size=(T, B, 2)), np.array([6, 2, 4])
+    targets = rng.integers(3, size=(T, B) if topology == "many_to_many" else B)
+    assert model.mean_loss(x, targets, lengths) == model.loss_and_gradients(x, targets, lengths).loss
+    generating = SequenceModel(Recurrent("lstm", 3, 4, seed=0), 3, "one_to_many", seed=0)
+    with pytest.raises(ValueError, match="mean_loss needs inputs that are given, got topology one_to_many"):
+        generating.mean_loss(x, targets)

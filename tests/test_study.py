@@ -450,6 +450,33 @@ def test_manifest_says_how_to_get_the_same_numbers(tmp_path):
     assert found["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
+def test_more_tables_are_written_beside_the_results(tmp_path):
+    def tables(frame):
+        return {"means": frame.groupby("size", as_index=False)["value"].mean()}
+
+    counted = Counted()
+    counted.study = dataclasses.replace(counted.study, tables=tables)
+    assert counted(tmp_path) == 0
+    assert (tmp_path / "means.csv").read_text() == "size,value\n1,0.3333333333333333\n2,0.6666666666666666\n3,1.0\n"
+    assert str(tmp_path / "means.csv") in manifest(tmp_path)["outputs"]
+
+
+def test_points_run_side_by_side_where_the_study_says_so(tmp_path, monkeypatch):
+    asked = []
+
+    def outcomes(run, points, source, options):
+        asked.append(options.jobs)
+        yield from ((identity, run(point)) for identity, point in points.items())
+
+    monkeypatch.setattr(rnnlab.study, "_outcomes", outcomes)
+    monkeypatch.setattr(kernels, "threads", lambda: 5)
+    counted = Counted()
+    for parallel, flags in ((False, []), (True, []), (True, ["--jobs", "2"])):
+        counted.study = dataclasses.replace(counted.study, parallel=parallel)
+        assert counted(tmp_path / "out", "--fresh", *flags) == 0
+    assert asked == [1, 5, 2]
+
+
 def test_usage_errors(tmp_path, capsys, monkeypatch):
     counted = Counted()
     (tmp_path / "file").touch()
