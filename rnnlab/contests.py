@@ -218,13 +218,16 @@ def beside_torch(at: Setting, point: Point, hidden: int, rate: float, seeds: lis
 # What the runs of a study say together ------------------------------------------------------------------------------
 
 
-def skills(frame: pd.DataFrame, rows: list[str], names: dict[str, pd.Series]) -> pd.DataFrame:
-    """Return one row for each combination of `rows`: the mean skill under every name and its bootstrap interval."""
+def skills(frame: pd.DataFrame, rows: list[str], names: dict[str, pd.Series], column: str = "skill") -> pd.DataFrame:
+    """Return one row for each combination of `rows`: the mean skill under every name and its bootstrap interval.
+
+    `names` gives to each name which rows of the frame are its own; another `column` may be averaged.
+    """
     table = []
     for key, part in frame.groupby(rows, sort=False):
         row: dict[str, Any] = dict(zip(rows, key, strict=True))
         for name, chosen in names.items():
-            values = part.loc[chosen[part.index], "skill"]
+            values = part.loc[chosen[part.index], column]
             row |= columns(name, bootstrap(values) if len(values) else (np.nan,) * 3)
         table.append(row)
     return pd.DataFrame(table)

@@ -108,7 +108,17 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    return {"verdicts": verdicts(frame), "evidence": evidence(frame)}
+    both, names = beside(frame)
+    values = {"values": skills(both, ["task", "cell"], names, "value")} if len(both) else {}
+    return {"verdicts": verdicts(frame), "evidence": evidence(frame), **values}
+
+
+def beside(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
+    """Return our networks and PyTorch's of the same kind and size, and which are whose."""
+    ours, theirs = (frame["kind"] == "run") & (frame["contest"] == "parameters"), frame["kind"] == "torch"
+    pairs = frame.loc[theirs, ["task", "cell"]].drop_duplicates()
+    both = frame[ours | theirs].merge(pairs)
+    return both, {"rnnlab": both["kind"] == "run", "PyTorch": both["kind"] == "torch"}
 
 
 def plot(frame: pd.DataFrame) -> Figure:
@@ -140,12 +150,10 @@ def plot(frame: pd.DataFrame) -> Figure:
         axes[9].plot(part["horizon_steps"], part["skill"], "o", color=colour, alpha=0.6, markersize=4, label=cell)
     axes[9].set(xlabel="horizon of dL/dh [steps]", ylabel="skill", xscale="log", title="trained networks of all tasks")
     axes[9].legend(fontsize=8)
-    both = frame[frame["kind"].eq("torch") | frame.index.isin(runs.index)]
-    both = both[both["task"].isin(both.loc[both["kind"] == "torch", "task"]) & both["cell"].isin(["lstm", "gru"])]
+    both, names = beside(frame)
     if both.empty:
         axes[10].set_title("PyTorch is not installed: nothing to compare with")
     else:
-        names = {"rnnlab": both["kind"] == "run", "PyTorch": both["kind"] == "torch"}
         intervals(axes[10], skills(both, ["task", "cell"], names), rows=("task", "cell"), values=tuple(names))
         axes[10].set(title="the same networks in PyTorch", xlabel="skill")
     text = (

@@ -48,8 +48,10 @@ def made_up(point, rng):
     yield {"kind": "cost", "topology": "many_to_one", **{f"{name}_ratio": value for name, value in ratios.items()}}
     for k in range(point["runs"]):
         value = strength + 0.01 * rng.random()
-        rows = [{"kind": "run", "contest": name, "network": k, "skill": value, "horizon_steps": 9} for name in names]
-        yield from [*rows, {"kind": "torch", "network": k, "skill": value}]
+        about = {"network": k, "skill": value, "value": 2 * value, "horizon_steps": 9}
+        yield from [{"kind": "run", "contest": name, **about} for name in names]
+        if point["sizes"] == "parameters" and point["cell"] in ("lstm", "gru"):
+            yield {"kind": "torch", **about}
     for update in (0, 8):
         yield {"kind": "curve", "update": update, "seconds": 0.1, "skill": 0.1, "low_skill": 0.0, "high_skill": 0.2}
 
@@ -71,3 +73,9 @@ def test_figure_says_who_wins(torch):
     tables = lstm_vs_gru.tables(frame)
     assert set(tables["verdicts"]["winner"]) == {"gru"}
     assert set(tables["evidence"]["cell"]) == set(lstm_vs_gru.CELLS)
+    assert ("values" in tables) == torch
+    if torch:
+        assert len(tables["values"]) == 2 * len(lstm_vs_gru.SIZES)
+        gru = tables["values"][tables["values"]["cell"] == "gru"]
+        assert gru["rnnlab"].between(0.6, 0.62).all()  # twice a skill of 0.3 and up to 0.01
+        np.testing.assert_array_equal(gru["rnnlab"], gru["PyTorch"])
