@@ -100,17 +100,20 @@ class Data:
     def task(self) -> Task:
         """Return the training part as a task for `train`."""
         kind, part = self.application, self.train
-        about: dict[str, Any] = {
-            "topology": kind.topology,
-            "loss": kind.loss,
-            "name": kind.name,
-            "output_size": self.output_size,
-        }
-        return dataset(part.x, part.targets, part.lengths, target_lengths=part.target_lengths, **about)
+        return dataset(
+            part.x,
+            part.targets,
+            part.lengths,
+            topology=kind.topology,
+            loss=kind.loss,
+            target_lengths=part.target_lengths,
+            output_size=self.output_size,
+            name=kind.name,
+        )
 
-    def model(self, cell: str, hidden_size: int, seed: int | None = None, **options: Any) -> SequenceModel:
+    def model(self, cell: str, hidden_size: int, *, seed: int | None = None, **options: Any) -> SequenceModel:
         """Return an untrained model for these sequences, see `Task.model`."""
-        return self.task().model(cell, hidden_size, self.train.x.dtype, seed, **options)
+        return self.task().model(cell, hidden_size, dtype=self.train.x.dtype, seed=seed, **options)
 
 
 @cache
@@ -151,7 +154,8 @@ def evaluate(model: SequenceModel, data: Data, part: Part) -> float:
 def measure(model: SequenceModel, metric: str, part: Part) -> float:
     """Return the metric, one of those of `Application`, of a model on any sequences, see `evaluate`."""
     if metric == "accuracy":
-        return float(np.mean(model.predict(part.x, part.lengths)[0].argmax(axis=-1) == part.targets))
+        chances, _ = model.predict(part.x, part.lengths)
+        return float(np.mean((chances.argmax(axis=-1) == part.targets) & np.isfinite(chances).all(axis=-1)))
     if model.generates:
         ends = part.target_lengths
         loss = model.loss_and_gradients(part.x, part.targets, part.lengths, target_lengths=ends).loss

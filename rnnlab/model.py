@@ -318,6 +318,7 @@ class SequenceModel:
             check_array("x", x, (1, "B", self.rnn.input_size), self.rnn.dtype)
             if lengths is not None:
                 raise ValueError("lengths belongs to topologies with several inputs, got it for one_to_many")
+            self.rnn.stack_state("state", state, x.shape[1])
             return (self.rnn, x, state), None
         trace = self.rnn.forward(x, state, lengths, training=training)
         return (self.decoder, np.zeros((1, x.shape[1], self.output_size), self.rnn.dtype), trace.final), trace
@@ -335,7 +336,7 @@ class SequenceModel:
         """Run step by step, each reading the output of the one before; one trace a step."""
         run: list[Trace] = []
         for _ in range(steps):
-            run.append(network.forward(source, state, training=training, keep=keep))
+            run.append(network.carry_on(source, state, training, keep))
             state = run[-1].final
             source = self.loss.activation(self.read(run[-1].output))
         return run
@@ -354,7 +355,7 @@ class SequenceModel:
             fed = targets[:-1]
             if self.loss_name == "cross_entropy":
                 fed = np.eye(self.output_size, dtype=self.rnn.dtype)[fed]
-            run = [network.forward(np.concatenate([source, fed]), carried, training=training)]
+            run = [network.carry_on(np.concatenate([source, fed]), carried, training)]
         else:
             run = self._generate(network, source, carried, steps, training=training)
         logits = np.concatenate([self.read(part.output) for part in run])

@@ -206,6 +206,13 @@ def _prepare_cuda(problem: Problem) -> Run:
 # PyTorch, and cuDNN through it --------------------------------------------------------------------------------------
 
 
+def _torch_classes() -> dict[str, Any]:
+    import torch
+
+    relu = partial(torch.nn.RNN, nonlinearity="relu")
+    return {"rnn_tanh": torch.nn.RNN, "rnn_relu": relu, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}
+
+
 def prepare_torch(problem: Problem, graph: bool = False) -> Run:
     """Prepare torch.nn.RNN, LSTM or GRU, eager; on a GPU that is cuDNN, with `graph` replayed as a CUDA graph."""
     import torch
@@ -215,12 +222,7 @@ def prepare_torch(problem: Problem, graph: bool = False) -> Run:
         raise DeviceNotAvailable("device 'cuda' cannot be used: PyTorch finds no GPU or no driver")
     if device == "cpu" and problem.dtype not in ("float32", "float64"):
         raise NotApplicable(f"PyTorch is compared in {problem.dtype} on a GPU only")
-    classes: dict[str, Any] = {
-        "rnn_tanh": torch.nn.RNN,
-        "rnn_relu": partial(torch.nn.RNN, nonlinearity="relu"),
-        "lstm": torch.nn.LSTM,
-        "gru": torch.nn.GRU,
-    }
+    classes = _torch_classes()
     if shape.cell not in classes:
         raise NotApplicable(f"PyTorch has no {shape.cell}")
     torch.set_num_threads(problem.threads)
@@ -281,18 +283,19 @@ def train_torch(
     """
     import torch
 
-    net = model.rnn
-    if net.cell.name not in ("rnn_tanh", "lstm", "gru") or model.generates or net.num_layers > 1 or net.bidirectional:
-        raise NotApplicable(f"PyTorch is trained with one layer of RNN, LSTM or GRU, got {model.topology} of {net!r}")
+    net, functional = model.rnn, torch.nn.functional
+    losses = {"cross_entropy": functional.cross_entropy, "mse": functional.mse_loss}
+    plain = net.num_layers == 1 and not net.bidirectional and net.bias and not model.generates
+    if net.cell.name not in _torch_classes() or model.loss_name not in losses or not plain:
+        raise NotApplicable(
+            "PyTorch is trained with one layer of RNN, LSTM or GRU in one direction, biases, inputs that are given and "
+            f"one of the losses {', '.join(losses)}, got {model.loss_name}, {model.topology} of {net!r}"
+        )
     torch.manual_seed(seed)
-    kind = {"rnn_tanh": torch.nn.RNN, "lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[net.cell.name]
-    parts = {
-        "rnn": kind(net.input_size, net.hidden_size),
-        "readout": torch.nn.Linear(net.hidden_size, model.output_size),
-    }
+    layer = _torch_classes()[net.cell.name](net.input_size, net.hidden_size)
+    parts = {"rnn": layer, "readout": torch.nn.Linear(net.hidden_size, model.output_size)}
     module = torch.nn.ModuleDict(parts).to(getattr(torch, net.dtype.name))
     optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate)
-    losses = {"cross_entropy": torch.nn.functional.cross_entropy, "mse": torch.nn.functional.mse_loss}
     T = len(task.arrays[0]) if task.arrays else check_steps(task, length)
     x, targets = np.zeros((T, batch, task.input_size), net.dtype), target_rows(task, T, batch, net.dtype)
     rng, lengths, found = generator(seed, "training"), np.full(batch, T), []
@@ -302,6 +305,8 @@ def train_torch(
             for name, tensor in module.named_parameters():
                 model.params[name] = tensor.detach().numpy()
             found.append((update, evaluation(model)))
+        if update == updates:
+            break
         task.generate(rng, x, targets, lengths, order, task.arrays)
         h, ends = module["rnn"](torch.from_numpy(x))[0], torch.from_numpy(lengths)
         within = torch.arange(T)[:, None] < ends

@@ -25,8 +25,8 @@ __all__ = [
     "relief",
     "roofline",
     "shares",
+    "text_table",
     "tiles",
-    "words",
 ]
 
 #: Colour-blind safe, in a fixed order.
@@ -98,10 +98,12 @@ def fit_table(
                 [f"{middle:.3g}" + (" ({:.3g}–{:.3g})".format(*ends) if ends else "") for middle, *ends in fits]
             )
             labels.append(f"{label}, {line}")
-    words(ax, title, cells, labels, [_words(name) for name in columns])
+    text_table(ax, title, cells, labels, [_words(name) for name in columns])
 
 
-def words(ax: Axes, title: str, cells: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str]) -> None:
+def text_table(
+    ax: Axes, title: str, cells: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str]
+) -> None:
     """Fill a panel with a table of texts."""
     ax.axis("off")
     ax.set_title(title)

@@ -191,6 +191,11 @@ class Recurrent:
         steps = check_lengths("lengths", lengths, x.shape[1], x.shape[0])
         return x, self.stack_state("state", state, x.shape[1]), steps
 
+    def carry_on(self, x: Array, state: State | None, training: bool = False, keep: bool = True) -> Trace:
+        """Do what `forward` does, unchecked: from a state that has diverged come NaN."""
+        initial = self.stack_state("state", None, x.shape[1]) if state is None else _stack(state)
+        return self._run(x, initial, np.full(x.shape[1], len(x)), training, keep)
+
     def _run(self, x: Array, initial: Array, steps: NDArray[np.int64], training: bool, keep: bool) -> Trace:
         """Do what `forward` does from a stacked state (S, L·D, B, H), unchecked; a sequence may be empty here."""
         T = x.shape[0]

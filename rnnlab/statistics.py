@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest, t
 
 from .checks import check_number, check_positive
 
-__all__ = ["bootstrap", "columns", "wilson"]
+__all__ = ["bootstrap", "columns", "t_interval", "wilson"]
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -37,13 +37,32 @@ def bootstrap(
     `statistic` reduces an array along `axis`, as np.mean and np.median do. The interval of a single value is NaN.
     Raises ValueError for values that are not one-dimensional, empty or not finite, and for options out of range.
     """
-    sample = np.asarray(values, np.float64)
-    if sample.ndim != 1 or not sample.size or not np.isfinite(sample).all():
-        raise ValueError(f"values must be a list of at least one finite number, got {values!r}")
+    sample = _sample(values)
     rng, tail = np.random.default_rng(seed), (1 - _confidence(confidence)) / 2
     picks = rng.integers(sample.size, size=(check_positive("resamples", resamples), sample.size))
     low, high = np.quantile(statistic(sample[picks], axis=1), [tail, 1 - tail]) if sample.size > 1 else (np.nan, np.nan)
     return float(statistic(sample, axis=0)), float(low), float(high)
+
+
+def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return the mean of independent values and the ends of its interval by Student's t distribution (1908).
+
+    For a handful of values: the bootstrap of five from a normal distribution misses their mean in 16 of 100 cases where
+    it promises 5. The interval of a single value is NaN. Raises ValueError as `bootstrap`.
+    """
+    sample = _sample(values)
+    mean, count = float(sample.mean()), sample.size
+    if count == 1:
+        return mean, float("nan"), float("nan")
+    half = float(t.ppf((1 + _confidence(confidence)) / 2, count - 1) * sample.std(ddof=1) / np.sqrt(count))
+    return mean, mean - half, mean + half
+
+
+def _sample(values: ArrayLike) -> NDArray[np.float64]:
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1 or not sample.size or not np.isfinite(sample).all():
+        raise ValueError(f"values must be a list of at least one finite number, got {values!r}")
+    return sample
 
 
 def columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:

@@ -203,8 +203,8 @@ class Study:
         _write(out / "results.csv", _csv(table))
         failed = [{"point": points[key], **outcome} for key, outcome in outcomes.items() if isinstance(outcome, dict)]
         measured = [row for row in table if "error" not in row]
-        no_figure = self._draw(measured, out)
-        names = ["results.csv", *self._tabulate(measured, out), "manifest.json", *(() if no_figure else FIGURES)]
+        no_figure, (tables, no_tables) = self._draw(measured, out), self._tabulate(measured, out)
+        names = ["results.csv", *tables, "manifest.json", *(() if no_figure else FIGURES)]
         manifest = {
             "study": self.name,
             "version": self.version,
@@ -216,7 +216,8 @@ class Study:
             "points": len(points),
             "computed": [identity for identity in todo if isinstance(outcomes[identity], list)],
             "reused": list(stored),
-            "failed": failed + no_figure,
+            "tables": tables,
+            "failed": failed + no_figure + no_tables,
             "flags": asdict(options) | {"out": str(out)},
             "seed": options.seed,
             "source_sha256": source,
@@ -269,14 +270,20 @@ class Study:
             return [{"point": "figure", **_failure(error)}]
         return []
 
-    def _tabulate(self, rows: Rows, out: Path) -> list[str]:
-        """Write the tables that the study makes of its rows, and return the names of their files."""
+    def _tabulate(self, rows: Rows, out: Path) -> tuple[list[str], list[dict[str, Any]]]:
+        """Write the tables that the study makes of its rows; return the names of their files, and what failed."""
         import pandas as pd
 
-        tables = self.tables(pd.DataFrame(rows)) if self.tables and rows else {}
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            for name in json.loads((out / "manifest.json").read_bytes())["tables"]:
+                (out / name).unlink(missing_ok=True)  # none is better than that of an earlier run
+        try:
+            tables = self.tables(pd.DataFrame(rows)) if self.tables and rows else {}
+        except Exception as error:
+            return [], [{"point": "tables", **_failure(error)}]
         for name, table in tables.items():
             _write(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        return [f"{name}.csv" for name in tables]
+        return [f"{name}.csv" for name in tables], []
 
     def _reproduce(self, options: Options) -> str:
         module = _module_name(self.run)

@@ -17,7 +17,7 @@ from .checks import check_array, check_choice, check_dtype, check_lengths, check
 from .kernels.compiling import cached
 from .losses import LOSSES
 from .model import GENERATING, LAST, TOPOLOGIES, SequenceModel
-from .rnn import Recurrent
+from .rnn import Recurrent, past_end
 
 __all__ = ["TASKS", "Task", "dataset", "sample_task"]
 
@@ -52,7 +52,7 @@ class Task:
     arrays: tuple[Array, ...] = ()
 
     def model(
-        self, cell: str, hidden_size: int, dtype: DTypeLike = "float32", seed: int | None = None, **options: Any
+        self, cell: str, hidden_size: int, *, dtype: DTypeLike = "float32", seed: int | None = None, **options: Any
     ) -> SequenceModel:
         """Return an untrained model that fits, `options` being those of `Recurrent`.
 
@@ -238,12 +238,19 @@ def dataset(
     generates = check_choice("topology", topology, TOPOLOGIES) in GENERATING
     if not isinstance(x, np.ndarray) or not isinstance(targets, np.ndarray):
         raise TypeError(f"x and targets must be numpy arrays, got {type(x).__name__} and {type(targets).__name__}")
-    x = check_array("x", x, (1 if topology.startswith("one") else "T", "N", "I"), check_dtype("dtype of x", x.dtype))
+    past = None if lengths is None or x.ndim != 3 else lambda x: past_end(lengths, x)
+    size_of = (1 if topology.startswith("one") else "T", "N", "I")
+    x = check_array("x", x, size_of, check_dtype("dtype of x", x.dtype), past=past)
     T, N, I = x.shape
     if target_lengths is not None and not generates:
         raise ValueError(f"target_lengths belongs to one_to_many and encoder_decoder, got it for {topology}")
     steps = targets.shape[0] if generates and targets.ndim > 1 else T
+    ends = [check_lengths("lengths", lengths, N, T)]
+    ends += [check_lengths("target_lengths", target_lengths, N, steps)] if generates else []
     shape = (N,) if topology in LAST else (steps, N)
+    if topology not in LAST and targets.shape[:2] == shape:  # what lies past the end is nobody's business
+        unscored = (np.arange(steps)[:, None] >= ends[-1]).reshape(steps, N, *[1] * (targets.ndim - 2))
+        targets = np.where(unscored, targets.dtype.type(0), targets)
     if loss == "cross_entropy":
         if targets.dtype.kind not in "iu" or targets.shape != shape or targets.min() < 0:
             raise ValueError(f"targets must be integers from 0 of shape {shape}, got {targets.dtype} {targets.shape}")
@@ -251,8 +258,8 @@ def dataset(
     else:
         rows = check_array("targets", targets, (*shape, "O"), x.dtype).reshape(math.prod(shape), -1)
         outputs = rows.shape[1]
-    ends = [check_lengths("lengths", lengths, N, T)]
-    ends += [check_lengths("target_lengths", target_lengths, N, steps)] if generates else []
+        if loss == "bce" and (rows.min() < 0 or rows.max() > 1):
+            raise ValueError(f"targets must lie in [0, 1] for bce, got {rows.min()}…{rows.max()}")
     size = outputs if output_size is None else check_positive("output_size", output_size)
     if size < outputs:
         raise ValueError(f"output_size must be at least {outputs} for these targets, got {size}")

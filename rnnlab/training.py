@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,8 +203,10 @@ class _GeneralStep(TrainingStep):
         kinds, B = 2 if self.model.generates else 1, self.batch
         self._lengths = np.full(kinds * B, self.steps)
         self._targets = target_rows(task, self.steps, B, self.model.rnn.dtype)
+        self._lengths[B:] = len(self._targets) // B
         super().feed(task, rng, order, span)
-        self._parts[0] = Bound(0, self._parts[0].arguments, task.generate)  # the loop is not to draw
+        self._parts[0] = Bound(0, self._parts[0].arguments)  # the loop is not to draw
+        self._draw = partial(task.generate, *self._parts[0].arguments)
 
     def run(self, updates: int, patience: int = 1) -> None:
         model, B, O = self.model, self.batch, self._targets.shape[1]
@@ -211,11 +214,13 @@ class _GeneralStep(TrainingStep):
         targets = self._targets.reshape(shape if model.loss_name == "cross_entropy" else (*shape, O))
         ends: dict[str, Any] = {"target_lengths": self._lengths[B:]} if model.generates else {}
         lengths = None if model.topology == "one_to_many" else self._lengths[:B]
-        (rng, *_), draw = self._parts[0].arguments, self._parts[0].kept
+        if updates == 0:  # compiles what the others call
+            model.loss_and_gradients(self._x, targets, lengths, **ends)
+            super().run(0, patience)
         for _ in range(updates):
             if self._span[0] < self._span[1]:
-                self._lengths[:] = rng.integers(self._span[0], self._span[1] + 1)
-            draw(*self._parts[0].arguments)
+                self._lengths[:] = self._parts[0].arguments[0].integers(self._span[0], self._span[1] + 1)
+            self._draw()
             found = model.loss_and_gradients(self._x, targets, lengths, **ends, training=True)
             self.gradient.flat[:], self.figures[steps_of.LOSS] = found.params.flat, found.loss
             super().run(1, patience)
@@ -237,7 +242,7 @@ class TrainingLog:
     """What became of a run.
 
     rows: what was measured, see `to_frame`; outcome: "finished" all updates, "stopped" by `stop`, or "diverged", when
-    100 updates in a row were skipped because their gradient was not finite; seconds: time in the compiled loop.
+    100 updates in a row were skipped because their gradient was not finite; seconds: time of the updates.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -297,7 +302,9 @@ def train(
         raise ValueError(f"checkpoint takes no dropout, whose draws it does not keep, got {model.rnn!r}")
     kind = TrainingStep if _compiles(model) else _GeneralStep
     step = kind(model, span[1], batch, optimiser, clip, omega=omega)
-    run = _Run(step, task, span, seed, repr((task.name, optimiser, clip, omega, length, batch, seed, model.rnn)))
+    fed = model.topology, model.loss_name, model.output_size, model.teacher_forcing
+    setting = (task.name, optimiser, clip, omega, length, batch, seed, model.rnn, *fed)
+    run = _Run(step, task, span, seed, repr(setting))
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
         run.load(file)

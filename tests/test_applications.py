@@ -176,6 +176,13 @@ def test_every_task_is_learned(name):
     assert value > data.baseline if data.application.metric == "accuracy" else value < data.baseline
 
 
+def test_a_classifier_of_nan_is_right_nowhere():
+    data = loaded("sentiment")
+    model = data.model("gru", 2, seed=0)
+    model.params["readout.bias"][:] = np.nan
+    assert evaluate(model, data, data.test) == 0
+
+
 def test_skill_is_the_share_of_the_error_that_is_gone():
     assert skill("accuracy", 0.75, 0.5) == 0.5
     assert skill("bits a symbol", 3.0, 4.0) == 0.25

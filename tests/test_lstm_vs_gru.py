@@ -48,7 +48,7 @@ def made_up(point, rng):
     yield {"kind": "cost", "topology": "many_to_one", **{f"{name}_ratio": value for name, value in ratios.items()}}
     for k in range(point["runs"]):
         value = strength + 0.01 * rng.random()
-        about = {"network": k, "skill": value, "value": 2 * value, "horizon_steps": 9}
+        about = {"network": k, "skill": value, "value": 2 * value, "horizon_in_lengths": 0.9}
         yield from [{"kind": "run", "contest": name, **about} for name in names]
         if point["sizes"] == "parameters" and point["cell"] in ("lstm", "gru"):
             yield {"kind": "torch", **about}

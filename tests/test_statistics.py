@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rnnlab.statistics import bootstrap, columns, wilson
+from rnnlab.statistics import bootstrap, columns, t_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (3, 5), (5, 5), (7, 40)])
@@ -61,3 +61,20 @@ def test_columns_are_named_as_plots_take_them():
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_t_interval_is_that_of_student():
+    """His own example (1908, sec. IX): additional hours of sleep; 2.262 is t at 9 degrees of freedom."""
+    hours = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    half = 2.262157 * 1.789010 / 10**0.5
+    np.testing.assert_allclose(t_interval(hours), (0.75, 0.75 - half, 0.75 + half), rtol=1e-6)
+    assert np.isnan(t_interval([1.0])[1:]).all()
+    with pytest.raises(ValueError, match="at least one finite number"):
+        t_interval([1.0, np.inf])
+
+
+def test_t_interval_of_five_holds_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    ends = np.array([t_interval(rng.normal(size=5))[1:] for _ in range(2000)])
+    share = ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean()
+    assert share == pytest.approx(0.95, abs=0.015)  # three standard errors of 2,000 draws

@@ -461,6 +461,17 @@ def test_more_tables_are_written_beside_the_results(tmp_path):
     assert str(tmp_path / "means.csv") in manifest(tmp_path)["outputs"]
 
 
+def test_tables_that_fail_are_a_failure_beside_the_others(tmp_path, capsys):
+    counted = Counted()
+    counted.study = dataclasses.replace(counted.study, tables=lambda frame: {"ones": frame[["value"]]})
+    assert counted(tmp_path) == 0
+    counted.study = dataclasses.replace(counted.study, tables=lambda frame: 1 / 0)
+    assert counted(tmp_path) == 1
+    assert "tables: ZeroDivisionError" in capsys.readouterr().err
+    assert len(manifest(tmp_path)["reused"]) == 3
+    assert not (tmp_path / "ones.csv").exists()
+
+
 def test_points_run_side_by_side_where_the_study_says_so(tmp_path, monkeypatch):
     asked = []
 

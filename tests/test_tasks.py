@@ -136,7 +136,9 @@ def test_a_data_set_gives_each_sequence_once_an_epoch(every):
     x = rng.normal(size=(T, N, 2))
     x[0, :, 0] = np.arange(N)
     targets = rng.integers(3, size=(T, N)) if every else np.arange(N) % 3
+    past = np.arange(T)[:, None] > np.arange(N) % T
     task = dataset(x, targets, np.arange(N) % T + 1, topology="many_to_many" if every else "many_to_one")
+    x, targets = np.where(past[..., None], 0, x), np.where(past, 0, targets) if every else targets
     assert (task.input_size, task.output_size, task.loss) == (2, 3, "cross_entropy")
     assert np.isnan(task.baseline(T))
     seen, order = [], np.zeros(1 + N, np.int64)
@@ -177,8 +179,18 @@ def test_bad_arguments_are_named():
         ((x, labels), {"loss": "hinge"}, "loss must be one of"),
         ((x * np.nan, labels), {}, "x must be finite"),
         ((x, np.zeros((2, 1))), {"loss": "mse"}, "targets must have shape"),
+        ((x, np.full((3, 1), 5.0)), {"loss": "bce"}, r"targets must lie in \[0, 1\] for bce, got 5.0…5.0"),
     ):
         with pytest.raises(ValueError, match=message):
             dataset(*arguments, **options)
     with pytest.raises(TypeError, match="x and targets must be numpy arrays, got list and ndarray"):
         dataset([1.0], labels)
+
+
+def test_what_lies_past_the_end_does_not_count():
+    x, lengths = np.zeros((5, 3, 2)), np.array([5, 2, 1])
+    past = np.arange(5)[:, None] >= lengths
+    task = dataset(np.where(past[..., None], np.nan, x), np.where(past, 9, 1), lengths, topology="many_to_many")
+    assert task.output_size == 2
+    np.testing.assert_array_equal(task.arrays[1].reshape(5, 3), np.where(past, 0, 1))
+    assert not task.arrays[0].any()

@@ -551,7 +551,7 @@ def test_any_model_takes_the_steps_of_its_gradients():
     """Written out: draw, gradient, clipping, update; what is compiled apart gives the same numbers."""
     data, order = pairs(), "temporal_order"
     for task, model, twin, length in (
-        (data, data.model("lstm", 5, "float64", 0), data.model("lstm", 5, "float64", 0), None),
+        (data, data.model("lstm", 5, dtype="float64", seed=0), data.model("lstm", 5, dtype="float64", seed=0), None),
         (TASKS[order], stacked(), stacked(), (LENGTH, 12)),
     ):
         log = train(model, task, Adam(0.02), batch=4, updates=7, length=length, clip=ByGlobalNorm(0.1), seed=3)
@@ -576,10 +576,10 @@ def test_any_model_takes_the_steps_of_its_gradients():
 def test_any_model_learns_and_resumes_to_the_same_bits(tmp_path):
     data = pairs()
     arguments = {"batch": 3, "clip": ByGlobalNorm(1.0), "seed": 1}
-    whole = data.model("gru", 16, "float64", 0)
+    whole = data.model("gru", 16, dtype="float64", seed=0)
     log = train(whole, data, Adam(0.02), updates=150, **arguments)
     assert log.rows[-1]["loss"] < 0.1 * log.rows[1]["loss"]  # nine answers can be learned by heart
-    again = data.model("gru", 16, "float64", 0)
+    again = data.model("gru", 16, dtype="float64", seed=0)
     for updates in (60, 150):
         file = tmp_path / "run.npz"
         log = train(again, data, Adam(0.02), updates=updates, checkpoint=file, **arguments)
@@ -600,3 +600,24 @@ def test_what_no_compiled_step_takes_clips_no_states():
         model = SequenceModel(Recurrent("rnn_tanh", 6, 5, 2, seed=0), 4, seed=0)
         with pytest.raises(ValueError, match=r"model must have one layer in one direction, .* for omega and rules"):
             train(model, "temporal_order", SGD(0.1), batch=4, updates=1, length=LENGTH, **options)
+
+
+def test_a_general_model_that_diverges_is_an_outcome():
+    data = pairs()
+    model = data.model("rnn_relu", 5, dtype="float64", seed=0)
+    for name in ("rnn.weight_hh_l0", "decoder.weight_hh_l0"):
+        model.params[name] = np.full((5, 5), 1e200)
+    before = model.params.flat.copy()
+    with np.errstate(all="ignore"):
+        log = train(model, data, SGD(0.1), batch=3, updates=200)
+    assert log.outcome == "diverged"
+    assert log.rows[-1]["skipped"] == 100
+    np.testing.assert_array_equal(model.params.flat, before)
+
+
+def test_a_checkpoint_knows_how_the_model_is_fed(tmp_path):
+    data, file = pairs(), tmp_path / "run.npz"
+    train(data.model("gru", 5, dtype="float64", seed=0), data, SGD(0.1), batch=3, updates=1, checkpoint=file)
+    free = SequenceModel(Recurrent("gru", 3, 5, dtype="float64", seed=0), 4, "encoder_decoder", seed=0)
+    with pytest.raises(ValueError, match="checkpoint must be one of"):
+        train(free, data, SGD(0.1), batch=3, updates=2, checkpoint=file)
