@@ -21,7 +21,7 @@ from .timing import interleave, wall_clock
 __all__ = ["Job", "choose", "evidence", "words"]
 
 #: What studies have found of quality at equal parameters, one row a topology and cell: `skill`, the share of the
-#: baseline's error that training removed, its interval `low_skill` to `high_skill`, and the number of `tasks`.
+#: baseline's error that training removed, its interval over networks `low_skill` to `high_skill`, and how many `tasks`.
 EVIDENCE = Path(__file__).with_name("evidence.csv")
 
 #: What is measured has at least twice so many steps, and as many as take so many seconds, if sequences are as long.
@@ -155,14 +155,20 @@ def words(job: Job, frame: pd.DataFrame) -> str:
     quality = (
         "No study of rnnlab has measured yet which cell is better at such tasks: the order says nothing of quality."
         if frame["skill"].isna().all()
-        else "\n".join(
-            f"In {row.tasks:.0f} tasks of this kind, at equal parameters, {row.cell} removed {row.skill:.0%} "
-            f"({row.low_skill:.0%}–{row.high_skill:.0%}) of the baseline's error."
-            for row in frame.dropna(subset="skill").itertuples()
-        )
+        else "\n".join(map(_said, frame.dropna(subset="skill").itertuples()))
     )
     return (
         f"{shown.to_string(index=False)}\n\nFirst comes {best['cell']} with {best['hidden_size']} hidden units: "
         f"{best['parameters']:,} parameters; {work} for {batch} of {job.length} steps takes "
         f"{best['milliseconds']:.3g} ms on this machine.\n{quality}"
+    )
+
+
+def _said(row: Any) -> str:
+    """Return the evidence for a cell as a sentence."""
+    tasks = "one task" if row.tasks == 1 else f"{row.tasks:.0f} tasks"
+    interval = f"{row.low_skill:.0%}–{row.high_skill:.0%}, other networks"
+    return (
+        f"In {tasks} of this kind, at equal parameters, {row.cell} removed {row.skill:.0%} ({interval}) of the "
+        "baseline's error."
     )
