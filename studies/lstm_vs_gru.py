@@ -190,7 +190,8 @@ def draw_verdicts(ax: Axes, table: Axes, said: pd.DataFrame) -> None:
     wide.columns = pd.Index([f"{key[0].removesuffix(name)}{CONTESTS[key[1]]}" for key in wide.columns])
     intervals(ax, wide.reset_index(), rows=("task",), values=tuple(CONTESTS.values()))
     ax.axvline(0, color="k", linewidth=1)
-    ax.set(title="GRU against LSTM", xlabel="skill of the GRU less the LSTM's")
+    ax.set_xscale("symlog", linthresh=0.1)
+    ax.set(title="GRU against LSTM", xlabel="skill of the GRU less the LSTM's (linear within ±0.1)")
     cells = cells.pivot(index="task", columns="contest", values="text").loc[tasks, list(CONTESTS)].fillna("not tried")
     text_table(table, "who wins, and by how much skill", cells.to_numpy().tolist(), tasks, list(CONTESTS.values()))
 

@@ -20,9 +20,10 @@ WORDS = ["choose", "--task-like", "many_to_one", "--length", "200", "--inputs", 
 
 
 @pytest.fixture
-def law(monkeypatch):
-    """Time as a law: 1 ms and 1 µs for each gate, unit and step; sequences that were measured."""
+def law(monkeypatch, tmp_path):
+    """Time as a law: 1 ms and 1 µs for each gate, unit and step; no evidence; sequences that were measured."""
     measured = []
+    monkeypatch.setattr(choose, "EVIDENCE", tmp_path / "none.csv")
 
     def call(job, model, steps):
         measured.append(steps)
@@ -108,8 +109,7 @@ def test_there_is_evidence_for_every_arrangement_that_has_tasks():
     assert (found["skill"] < found["high_skill"]).all()
 
 
-def test_command_prints_a_ranked_table(law, tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "EVIDENCE", tmp_path / "none.csv")
+def test_command_prints_a_ranked_table(law):
     result = CliRunner().invoke(main, [*WORDS, "--params", "100000"])
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
