@@ -25,7 +25,7 @@ from .timing import interleave, ratio
 from .training import train
 
 __all__ = ["THRESHOLD", "Learned", "Setting", "averages", "beside_torch", "budgets_of", "evidence", "learn", "price"]
-__all__ += ["setting_of", "skills", "verdicts"]
+__all__ += ["search", "setting_of", "skills", "verdicts"]
 
 #: Clipping by global norm; validations within the budget of updates, on so many sequences at most.
 THRESHOLD, EVALUATIONS, HELD_OUT = 1.0, 8, 500
@@ -59,9 +59,9 @@ class Setting:
         """Return the parameters of a model."""
         return sum(map(parameters, self.shapes(cell, hidden)))
 
-    def skill(self, model: SequenceModel, part: Part) -> float:
-        """Return the skill of a model, −∞ where it has diverged."""
-        found = skill(self.metric, measure(model, self.metric, part), self.baseline)
+    def skill(self, value: float) -> float:
+        """Return the skill of a model that reaches `value` in the metric, −∞ where it has diverged."""
+        found = skill(self.metric, value, self.baseline)
         return found if np.isfinite(found) else -np.inf
 
 
@@ -91,8 +91,8 @@ def price(setting: Setting, point: Point, hidden: int) -> dict[str, Any]:
     cell, dtype, task = point["cell"], point["dtype"], setting.task
     sizes = {cell: hidden, "lstm": point["hidden"]}
     models = {name: task.model(name, size, dtype=dtype, seed=0) for name, size in sizes.items()}
-    given, asked = (1, setting.steps) if task.topology == "one_to_many" else (setting.steps, None)
-    asked = setting.steps if task.topology in GENERATING else asked
+    given = 1 if task.topology == "one_to_many" else setting.steps
+    asked = setting.steps if task.topology in GENERATING else None
     calls = {
         f"{name}, {B}": partial(model.predict, np.zeros((given, B, task.input_size), dtype), steps=asked)
         for name, model in models.items()
@@ -136,14 +136,12 @@ def budgets_of(point: Point, update_ratio: float) -> dict[str, int]:
 
 
 class Learned(NamedTuple):
-    """A trained network: skill in validation by updates, and of each contest its test."""
+    """A trained network: skill in validation by updates, parameters at each of them, and of each contest its test."""
 
+    model: SequenceModel
     curve: list[tuple[int, float]]
+    kept: Snapshots
     tests: dict[str, dict[str, float]]
-
-    def valid(self, updates: int) -> float:
-        """Return the best skill in validation within so many updates."""
-        return max(value for update, value in self.curve if update <= updates)
 
 
 def learn(setting: Setting, point: Point, hidden: int, budgets: dict[str, int], rate: float, seed: int) -> Learned:
@@ -151,6 +149,22 @@ def learn(setting: Setting, point: Point, hidden: int, budgets: dict[str, int], 
 
     Of the first budget's network the horizon is measured too.
     """
+    network = _train(setting, point, hidden, budgets, rate, seed)
+    for contest, budget in budgets.items():
+        network.tests[contest] = _best_within(setting, *network[:3], budget)
+        if contest == next(iter(budgets)) and not network.model.generates:
+            network.tests[contest] |= _horizon(setting, network.model)
+    return network
+
+
+def search(setting: Setting, point: Point, hidden: int, updates: int, seed: int) -> dict[float, float]:
+    """Return the best skill in validation within so many updates for each learning rate of the point, untested."""
+    networks = {rate: _train(setting, point, hidden, {"": updates}, rate, seed) for rate in point["rates"]}
+    return {rate: max(value for _, value in network.curve) for rate, network in networks.items()}
+
+
+def _train(setting: Setting, point: Point, hidden: int, budgets: dict[str, int], rate: float, seed: int) -> Learned:
+    """Train one network for the longest budget, with as many validations as it takes for each."""
     model = setting.task.model(point["cell"], hidden, dtype=point["dtype"], seed=seed)
     kept: Snapshots = []
     log = train(
@@ -167,17 +181,12 @@ def learn(setting: Setting, point: Point, hidden: int, budgets: dict[str, int], 
         evaluate_every=max(1, min(budgets.values()) // EVALUATIONS),
     )
     curve = [(row["update"], row["evaluation"]) for row in log.rows if not np.isnan(row["evaluation"])]
-    tests: dict[str, dict[str, float]] = {}
-    for contest, budget in budgets.items():
-        tests[contest] = _best_within(setting, model, curve, kept, budget)
-        if contest == next(iter(budgets)) and not model.generates:
-            tests[contest] |= _horizon(setting, model)
-    return Learned(curve, tests)
+    return Learned(model, curve, kept, {})
 
 
 def _validate(setting: Setting, kept: Snapshots, model: SequenceModel) -> float:
     """Keep a model's parameters with its skill in validation, and return that."""
-    kept.append((setting.skill(model, setting.validation), model.params.flat.copy()))
+    kept.append((setting.skill(measure(model, setting.metric, setting.validation)), model.params.flat.copy()))
     return kept[-1][0]
 
 
@@ -193,7 +202,7 @@ def _best_within(
     number = max(map(int, turns), key=lambda k: curve[k][1])
     model.params.flat[:] = kept[number][1]
     value = measure(model, setting.metric, setting.test)
-    found = {"value": value, "skill": setting.skill(model, setting.test)}
+    found = {"value": value, "skill": setting.skill(value)}
     return found | {"best_update": updates[number], "share_of_budget": updates[number] / budget}
 
 

@@ -40,6 +40,7 @@ from rnnlab.contests import (
     evidence,
     learn,
     price,
+    search,
     setting_of,
     skills,
     verdicts,
@@ -95,8 +96,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     costs = price(setting, point, hidden)
     budgets = budgets_of(point, costs["update_ratio"])
     *seeds, spare = (1000 * point["seed"] + k for k in range(point["runs"] + 1))
-    first = dict([next(iter(budgets.items()))])  # the network that finds the learning rate is none of those that count
-    tried = {rate: learn(setting, point, hidden, first, rate, spare).valid(updates) for rate in point["rates"]}
+    tried = search(setting, point, hidden, updates, spare)  # by a network that is none of those that count
     best = max(tried, key=lambda rate: tried[rate])
     networks = [learn(setting, point, hidden, budgets, best, seed) for seed in seeds]
     rows = [{"kind": "search", "learning_rate": rate, "skill": value} for rate, value in tried.items()]

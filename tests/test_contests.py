@@ -9,7 +9,18 @@ import pytest
 from rnnlab import contests, gradient_flow
 from rnnlab.applications import Part, load, skill
 from rnnlab.clipping import ByGlobalNorm
-from rnnlab.contests import averages, beside_torch, budgets_of, evidence, learn, price, setting_of, skills, verdicts
+from rnnlab.contests import (
+    averages,
+    beside_torch,
+    budgets_of,
+    evidence,
+    learn,
+    price,
+    search,
+    setting_of,
+    skills,
+    verdicts,
+)
 from rnnlab.gradients import decay
 from rnnlab.optim import Adam
 from rnnlab.peers import NotApplicable, train_torch
@@ -60,7 +71,7 @@ def test_a_network_is_tested_where_its_validation_was_best():
     at, budgets = setting_of(POINT), {"parameters": 80, "time": 40}
     found = learn(at, POINT, 8, budgets, 0.02, 3)
     assert [update for update, _ in found.curve] == list(range(0, 81, 5))
-    assert found.valid(40) <= found.valid(80) == max(value for _, value in found.curve)
+    assert search(at, POINT | {"rates": [0.02]}, 8, 80, 3) == {0.02: max(value for _, value in found.curve[::2])}
     for contest, budget in budgets.items():
         update = found.tests[contest]["best_update"]
         model = at.task.model("gru", 8, seed=3)
@@ -71,7 +82,7 @@ def test_a_network_is_tested_where_its_validation_was_best():
         assert found.tests[contest]["value"] == right.mean()
         assert found.tests[contest]["skill"] == pytest.approx(1 - (1 - right.mean()) / 0.75)
     assert "horizon_steps" in found.tests["parameters"]
-    assert dict(found.curve)[update] == found.valid(40)
+    assert dict(found.curve)[update] == max(value for update, value in found.curve if update <= 40)
 
 
 def test_a_network_that_diverges_has_a_result():
