@@ -39,8 +39,9 @@ def check_array(
         raise TypeError(f"{name} must be a numpy array, got {type(value).__name__}")
     if value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {value.dtype}")
-    fits = len(value.shape) == len(shape) and all(
-        got == want if isinstance(want, int) else got > 0 for got, want in zip(value.shape, shape, strict=True)
+    fits = value.shape == shape or (
+        len(value.shape) == len(shape)
+        and all(got == want if isinstance(want, int) else got > 0 for got, want in zip(value.shape, shape, strict=True))
     )
     if not fits:
         wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

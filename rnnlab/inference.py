@@ -40,9 +40,10 @@ class Inference:
 
     def __call__(self, x: Array, state: State | None = None) -> tuple[Array, State]:
         """Return (output, last state), see the class. Raises as `Recurrent.forward`."""
-        net, T, B, last = self.net, self.steps, self.batch, []
+        net, T, B = self.net, self.steps, self.batch
         output = check_array("x", x, (T, B, net.input_size), net.dtype)
         initial = None if state is None else net.stack_state("state", state, B)
+        last = np.empty((len(net.cell.states), len(self._calls), B, net.hidden_size), net.dtype)
         for layer in range(net.num_layers):
             outputs = []
             for direction in range(net.directions):
@@ -52,6 +53,6 @@ class Inference:
                 source = np.ascontiguousarray(output[::-1]) if direction else output
                 run_together(*cpu.repeat(self._calls[k], source, states))
                 outputs.append(states[0, :0:-1] if direction else states[0, 1:])
-                last.append(states[:, T])
+                last[:, k] = states[:, T]
             output = np.concatenate(outputs, axis=2) if net.bidirectional else outputs[0]
-        return output, net.unstack_state(np.stack(last, axis=1))
+        return output, net.unstack_state(last)

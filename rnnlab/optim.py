@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 
 @cached("sgd")
-def _sgd(weights: Array, gradient: Array, state: Array, step: int, settings: Array) -> None:
+def _sgd(weights: Array, gradient: Array, state: Array, step: Array, settings: Array) -> None:
     real = weights.dtype.type
     rate, momentum = real(settings[0]), real(settings[1])
     for i in range(len(weights)):
@@ -27,7 +27,7 @@ def _sgd(weights: Array, gradient: Array, state: Array, step: int, settings: Arr
 
 
 @cached("rmsprop")
-def _rmsprop(weights: Array, gradient: Array, state: Array, step: int, settings: Array) -> None:
+def _rmsprop(weights: Array, gradient: Array, state: Array, step: Array, settings: Array) -> None:
     real = weights.dtype.type
     rate, decay, rest, epsilon = real(settings[0]), real(settings[1]), real(1 - settings[1]), real(settings[2])
     for i in range(len(weights)):
@@ -36,9 +36,9 @@ def _rmsprop(weights: Array, gradient: Array, state: Array, step: int, settings:
 
 
 @cached("adam")
-def _adam(weights: Array, gradient: Array, state: Array, step: int, settings: Array) -> None:
+def _adam(weights: Array, gradient: Array, state: Array, step: Array, settings: Array) -> None:
     real = weights.dtype.type
-    rate, root = real(settings[0] / (1 - settings[1] ** step)), real(np.sqrt(1 - settings[2] ** step))
+    rate, root = real(settings[0] / (1 - settings[1] ** step[0])), real(np.sqrt(1 - settings[2] ** step[0]))
     decay, rest = real(settings[2]), real(1 - settings[2])
     share, epsilon = real(1 - settings[1]), real(settings[3])
     for i in range(len(weights)):
@@ -71,7 +71,7 @@ class Optimiser:
 
     def update(self, weights: Array, gradient: Array, state: Array, step: int) -> None:
         """Take step number `step` (from 1) in place: weights and gradient (P,), state (rows, P), at first zeros."""
-        type(self).kernel(weights, gradient, state, step, self.settings)
+        type(self).kernel(weights, gradient, state, np.full(1, step), self.settings)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from .checks import check_array, check_choice, check_lengths, check_number, chec
 from .clipping import ByPercentile, ClippingRule, new_history
 from .kernels import cpu
 from .kernels import step as steps_of
-from .kernels.clip import NORM
+from .kernels.calls import Bound, bind
+from .kernels.clip import NORM, compare
 from .kernels.clip import clip as clip_kernel
-from .kernels.step import NOTHING, Bound, Readout, bind, loop, prepare_gradients, prepare_omega
+from .kernels.step import Readout, draw_length, loop, prepare_gradients, prepare_omega
 from .model import LAST, SequenceModel
 from .optim import Optimiser
 from .params import Params
@@ -96,17 +97,19 @@ class TrainingStep:
         self.history = new_history() if isinstance(clip, ByPercentile) else np.zeros(1)
         clipped = np.zeros((1 if within else 0, 8), np.int64)
         self.gradient, gradients, regularise = self._gradients(clip if within else None, clipped, omega, self.figures)
-        exact = self._gradients(None, clipped, 0.0, np.zeros(1)) if within else (self.gradient, NOTHING, NOTHING)
+        figures, flat = self.figures[steps_of.NORM :], self.gradient.flat
+        exact, comparison = Bound(), Bound()
+        if within:
+            true_gradient, exact, _ = self._gradients(None, clipped, 0.0, np.zeros(1))
+            comparison = bind(compare, true_gradient.flat, flat, figures)
         ends, kind, threshold = np.array([0, size]), NORM, math.inf
         if clip is not None and not within:
             ends, kind, threshold = clip.ends(model.params), clip.kind, float(clip.threshold)
-        figures, flat = self.figures[steps_of.NORM :], self.gradient.flat
         clipping = bind(clip_kernel, flat, weights, ends, kind, threshold, self.history, figures)
-        update = weights, flat, self.state, 1, optimiser.settings
-        batches = np.random.default_rng(0), self._x, self._targets, self._lengths, np.zeros(1, np.int64), ()
-        given = Bound(0, batches), gradients, regularise, exact[1], clipping, bind(optimiser.kernel, *update)
-        self._parts, self._span = list(given), (T, T)
-        self._inside = clipped, flat, exact[0].flat
+        moved = self.counts[steps_of.MOVED : steps_of.MOVED + 1]
+        update = bind(optimiser.kernel, weights, flat, self.state, moved, optimiser.settings)
+        self._batch = Bound(), Bound()
+        self._parts, self._clipped = (gradients, regularise, clipping, update, exact, comparison), clipped
 
     def _check(self, inside: bool) -> None:
         """Raise ValueError for a model that it cannot take; `inside`: with a rule or regulariser within BPTT."""
@@ -146,7 +149,7 @@ class TrainingStep:
             model.loss.name, model.loss.row, (forward, backward), readout, gradients.state[:, T], gradient.flat, figures
         )
         if not omega:
-            return gradient, bound, NOTHING
+            return gradient, bound, Bound()
         given = trace.saved, gradients.state[0], self._lengths, weights.weight_hh, into.weight_hh
         return gradient, bound, prepare_omega(*given, float(omega), figures[steps_of.OMEGA :])
 
@@ -167,16 +170,13 @@ class TrainingStep:
     def feed(self, task: Task, rng: np.random.Generator, order: Array, span: tuple[int, int]) -> None:
         """Have every update draw a batch of a task, of sequences of as many steps as lie between the ends of `span`."""
         arrays = self._x, self._targets, self._lengths, order, task.arrays
-        self._parts[0], self._span = bind(task.generate, rng, *arrays), span
+        length = bind(draw_length, rng, self._lengths, *span) if span[0] < span[1] else Bound()
+        self._batch = length, bind(task.generate, rng, *arrays)
 
     def run(self, updates: int, patience: int = 1) -> None:
         """Take so many updates, fewer where `patience` in a row are skipped because the gradient is not finite."""
-        codes = tuple(part.code for part in self._parts)
-        generate, gradients, omega, exact, clipping, (weights, _, state, _, settings) = (
-            part.arguments for part in self._parts
-        )
-        given = generate, self._span, gradients, omega, exact, clipping, (weights, state, settings), self._inside
-        loop(codes, *given, self.counts, self.figures, updates, patience)
+        calls = tuple(part.call for part in (*self._batch, *self._parts))
+        loop(calls, self._clipped, self.gradient.flat, self.counts, self.figures, updates, patience)
 
 
 def _compiles(model: SequenceModel) -> bool:
@@ -197,16 +197,15 @@ class _GeneralStep(TrainingStep):
     def _gradients(
         self, clip: ClippingRule | None, clipped: Array, omega: float, figures: Array
     ) -> tuple[Params, Bound, Bound]:
-        return self.model.params.like(), NOTHING, NOTHING
+        return self.model.params.like(), Bound(), Bound()
 
     def feed(self, task: Task, rng: np.random.Generator, order: Array, span: tuple[int, int]) -> None:
         kinds, B = 2 if self.model.generates else 1, self.batch
         self._lengths = np.full(kinds * B, self.steps)
         self._targets = target_rows(task, self.steps, B, self.model.rnn.dtype)
         self._lengths[B:] = len(self._targets) // B
-        super().feed(task, rng, order, span)
-        self._parts[0] = Bound(0, self._parts[0].arguments)  # the loop is not to draw
-        self._draw = partial(task.generate, *self._parts[0].arguments)
+        self._span, self._rng = span, rng
+        self._draw = partial(task.generate, rng, self._x, self._targets, self._lengths, order, task.arrays)
 
     def run(self, updates: int, patience: int = 1) -> None:
         model, B, O = self.model, self.batch, self._targets.shape[1]
@@ -219,7 +218,7 @@ class _GeneralStep(TrainingStep):
             super().run(0, patience)
         for _ in range(updates):
             if self._span[0] < self._span[1]:
-                self._lengths[:] = self._parts[0].arguments[0].integers(self._span[0], self._span[1] + 1)
+                self._lengths[:] = self._rng.integers(self._span[0], self._span[1] + 1)
             self._draw()
             found = model.loss_and_gradients(self._x, targets, lengths, **ends, training=True)
             self.gradient.flat[:], self.figures[steps_of.LOSS] = found.params.flat, found.loss

@@ -429,3 +429,30 @@ def test_sums_over_rows(dtype, gates):
             for both in pairwise(ends):
                 products.add_sums(parts, flat, 5, a.shape[1], gates, rows, both, scratch.array)
             np.testing.assert_array_equal(parts, out.array)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", GROUPS)
+def test_transposed_product_of_few_columns(dtype, gates):
+    V, rows = lanes(dtype), 97
+    for H, columns in ((1, 1), (V - 1, 2), (V + 1, 3), (3 * V - 2, V // 2)):
+        a, b, exact, _ = sum_problem(dtype, gates, H, columns, rows)
+        wide = np.concatenate([b, np.full_like(b, np.nan)], axis=1)  # rows of b lie apart
+        before = np.full(5, np.nan, dtype)
+        left, right = (np.concatenate([before, part.reshape(-1)]) for part in (a, wide))
+        scratch = Guarded((products.scratch_size(columns, V),), dtype)
+        out = Guarded((gates * H, columns), dtype, fill=1)  # the product is added
+
+        def add(out, strips, left=left, right=right, scratch=scratch, row=a.shape[1], columns=columns):
+            products.add_narrow(
+                out.reshape(-1), left, 5, row, gates, right, 5, 2 * columns, columns, rows, strips, scratch.array
+            )
+
+        add(out.array, (0, a.shape[1] // V))
+        assert relative_error(out.array, 1 + exact) <= bound(dtype, rows), (H, columns)
+        assert out.intact
+        assert scratch.intact
+        parts = np.ones_like(out.array)
+        for both in pairwise(products.share(a.shape[1] // V, 1, rank, 3) for rank in range(4)):
+            add(parts, both)
+        np.testing.assert_array_equal(parts, out.array)

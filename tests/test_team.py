@@ -18,7 +18,7 @@ from numba import njit
 
 from rnnlab import CELLS
 from rnnlab.kernels import LayerWeights, cpu, team
-from rnnlab.kernels.calls import borrow, job
+from rnnlab.kernels.calls import Bound, bind, borrow, job, perform
 from rnnlab.kernels.simd import VECTOR_BYTES
 from rnnlab.timing import usable_cores
 
@@ -211,6 +211,34 @@ def test_callers_in_many_threads_get_their_own_results(monkeypatch):
         for one in mine:
             for array, right in zip(one, exact, strict=True):
                 np.testing.assert_array_equal(array, right)
+
+
+@njit
+def _draw_and_add(rng, scale, pair, target):
+    target += scale * rng.normal(0, 1, len(target)) + pair[0] + pair[1][0]
+
+
+@njit
+def _twice(call):
+    perform(call)
+    perform(call)
+
+
+def test_a_bound_call_keeps_what_it_was_given():
+    """Its arguments are unpacked once: numbers as they were, arrays and generators as they are at each call."""
+    target, offset = np.zeros((7, 2))[:, 0], np.ones(1)
+    call = bind(_draw_and_add, np.random.default_rng(0), 2.0, (3, offset), target)
+    offset[:] = 10
+    junk = [bind(_draw_and_add, np.random.default_rng(k), 1.0, (0, offset), np.zeros(14)[::2]) for k in range(20)]
+    gc.collect()  # of these views and generators nobody else knows
+    counts = sys.getrefcount(target), sys.getrefcount(offset)
+    _twice(call.call)
+    want = 2 * np.random.default_rng(0).normal(0, 1, (2, 7)).sum(0) + 26
+    np.testing.assert_allclose(target, want, rtol=1e-14)  # six roundings of numbers of that size
+    for other in junk:
+        _twice(other.call)
+    assert (sys.getrefcount(target), sys.getrefcount(offset)) == counts
+    _twice(Bound().call)  # nothing to do
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------

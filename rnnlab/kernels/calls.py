@@ -1,13 +1,17 @@
 """Calls of one kernel by another and by other threads, without Python and its GIL; and counters that threads share."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
-from numba import typeof
+from numba import njit, typeof
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["borrow", "call", "draw_ticket", "entry", "invoke", "job", "tickets_drawn"]
+from .compiling import cached
+from .simd import address
+
+__all__ = ["Bound", "bind", "borrow", "draw_ticket", "invoke", "job", "perform", "tickets_drawn"]
 
 
 def _counter(builder, values):
@@ -43,10 +47,10 @@ def borrow(typing_context, values):
     """
 
     def uncounted(context, builder, kind, value):
-        if isinstance(kind, types.Array):
-            array = context.make_array(kind)(context, builder, value)
-            array.meminfo = ir.Constant(array.meminfo.type, None)
-            return array._getvalue()
+        if isinstance(kind, types.Array | types.NumPyRandomGeneratorType):
+            counted = cgutils.create_struct_proxy(kind)(context, builder, value)
+            counted.meminfo = ir.Constant(counted.meminfo.type, None)
+            return counted._getvalue()
         if isinstance(kind, types.Tuple | types.UniTuple):
             items = zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
             return context.make_tuple(builder, kind, [uncounted(context, builder, *item) for item in items])
@@ -58,6 +62,23 @@ def borrow(typing_context, values):
     return values(values), generate
 
 
+def _thunk(context, builder, name, frame, kinds, take):
+    """Return the address of a new function of (where a value of type `frame` lies, rank).
+
+    It calls a kernel that takes `kinds`; `take(builder, value, rank)` gives that and its arguments.
+    """
+    number = context.get_value_type(types.intp)
+    code = ir.Function(
+        builder.module, ir.FunctionType(ir.VoidType(), [number, number]), f"{builder.function.name}.{name}"
+    )
+    code.linkage = "internal"
+    inner = ir.IRBuilder(code.append_basic_block())
+    kernel, given = take(inner, inner.load(inner.inttoptr(code.args[0], frame.as_pointer())), code.args[1])
+    context.call_conv.call_function(inner, kernel, types.none, kinds, given)
+    inner.ret_void()
+    return builder.ptrtoint(code, number)
+
+
 @intrinsic
 def job(typing_context, arguments):
     """Return (code, frame): with them any thread can `invoke` the calling function while it runs.
@@ -66,23 +87,19 @@ def job(typing_context, arguments):
     """
 
     def generate(context, builder, signature, values):
-        frame, number = cgutils.alloca_once_value(builder, values[0]), context.get_value_type(types.intp)
-        kind = ir.FunctionType(ir.VoidType(), [number, number])
-        code = ir.Function(builder.module, kind, f"{builder.function.name}.job")
-        code.linkage = "internal"
-        inner = ir.IRBuilder(code.append_basic_block())
-        given = cgutils.unpack_tuple(inner, inner.load(inner.inttoptr(code.args[0], frame.type)))
-        kinds = [*arguments.types, types.intp]
-        context.call_conv.call_function(inner, builder.function, types.none, kinds, [*given, code.args[1]])
-        inner.ret_void()
-        return cgutils.pack_array(builder, [builder.ptrtoint(pointer, number) for pointer in (code, frame)])
+        def take(inner, value, rank):
+            return builder.function, [*cgutils.unpack_tuple(inner, value), rank]
+
+        frame, kinds = cgutils.alloca_once_value(builder, values[0]), [*arguments.types, types.intp]
+        code = _thunk(context, builder, "job", values[0].type, kinds, take)
+        return cgutils.pack_array(builder, [code, builder.ptrtoint(frame, code.type)])
 
     return types.UniTuple(types.intp, 2)(arguments), generate
 
 
 @intrinsic
 def invoke(typing_context, code, frame, rank):
-    """Do a `job`."""
+    """Do a `job`, or with any rank what was put into a frame."""
 
     def generate(context, builder, signature, values):
         kind = ir.FunctionType(ir.VoidType(), [value.type for value in values[1:]])
@@ -93,25 +110,72 @@ def invoke(typing_context, code, frame, rank):
 
 
 @intrinsic
-def call(typing_context, code, arguments):
-    """Call the kernel whose `entry` is `code` with the items of `arguments`, of the types that `entry` was given.
+def _size(typing_context, arguments):
+    """Return the bytes that `_put` writes."""
 
-    It must not raise, which would go unseen, and must be kept alive.
-    """
+    def generate(context, builder, signature, values):
+        pair = ir.LiteralStructType([context.get_value_type(types.intp), values[0].type])
+        return ir.Constant(pair.elements[0], context.get_abi_sizeof(pair))
+
+    return types.intp(arguments), generate
+
+
+@intrinsic
+def _put(typing_context, frame, entry, arguments):
+    """Write a call of the kernel at `entry` to the address `frame`, and return the code with which to `invoke` it."""
 
     def generate(context, builder, signature, values):
         kinds = list(arguments.types)
-        pointer = context.call_conv.get_function_type(types.none, kinds).as_pointer()
-        function = builder.inttoptr(values[0], pointer)
-        context.call_conv.call_function(builder, function, types.none, kinds, cgutils.unpack_tuple(builder, values[1]))
-        return context.get_dummy_value()
+        kernel = context.call_conv.get_function_type(types.none, kinds).as_pointer()
 
-    return types.void(types.intp, arguments), generate
+        def take(inner, pair, rank):
+            entry, given = cgutils.unpack_tuple(inner, pair)
+            return inner.inttoptr(entry, kernel), cgutils.unpack_tuple(inner, given)
+
+        pair = cgutils.pack_struct(builder, values[1:])
+        builder.store(pair, builder.inttoptr(values[0], pair.type.as_pointer()))
+        return _thunk(context, builder, "call", pair.type, kinds, take)
+
+    return types.intp(types.intp, types.intp, arguments), generate
 
 
-def entry(kernel: Any, arguments: tuple[Any, ...]) -> int:
-    """Return where the machine code of a compiled function begins that takes these arguments, see `call`."""
+@cached("freeze")
+def _freeze(entry, arguments):
+    arguments = borrow(arguments)
+    frame = np.empty(_size(arguments) // 8 + 1, np.int64)
+    return frame, _put(address(frame, 0), entry, arguments)
+
+
+class Bound(NamedTuple):
+    """A compiled function with its arguments: (code, frame) for `invoke`, both 0 where there is none.
+
+    `kept` is what must stay alive while it is called.
+    """
+
+    code: int = 0
+    frame: int = 0
+    kept: Any = None
+
+    @property
+    def call(self) -> tuple[int, int]:
+        return self.code, self.frame
+
+
+def bind(kernel: Any, *arguments: Any) -> Bound:
+    """Return a compiled function with its arguments, unpacked once for many calls.
+
+    It must return nothing, and not raise, which would go unseen.
+    """
     signature = tuple(typeof(argument) for argument in arguments)
     kernel.compile(signature)
     compiled = kernel.overloads[signature]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+    entry = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    frame, code = _freeze(entry, arguments)
+    return Bound(code, frame.ctypes.data, (kernel, arguments, frame))
+
+
+@njit
+def perform(call):
+    """Do the call of a `Bound`, if there is one."""
+    if call[0] != 0:
+        invoke(call[0], call[1], 0)

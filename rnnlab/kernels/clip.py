@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from ..activations import ARITHMETIC, scalar
+from ..activations import scalar
 from .compiling import cached
 
 __all__ = ["ADAPTIVE", "NORM", "PERCENTILE", "VALUE", "clamp", "clip", "compare", "shrinkage", "squares"]
@@ -95,7 +95,7 @@ def clip(gradient, weights, ends, kind, threshold, history, figures):
     figures[3] = product / (norm * clipped)
 
 
-@njit(**ARITHMETIC)
+@cached("compare")
 def compare(exact, clipped, figures):
     """Set the norm before, that after and the cosine, given both gradients."""
     product = 0.0

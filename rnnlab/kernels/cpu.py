@@ -43,6 +43,7 @@ from .panels import (
     tile_product,
 )
 from .products import (
+    add_narrow,
     add_sums,
     add_transposed,
     list_tiles,
@@ -563,7 +564,11 @@ def _chunk_gradients(cell: Cell, dtype, scaled: bool):
         if not SCALED:
             begin_x, begin_h, flat_state = t0 * B * I, t0 * B * H, state.reshape(-1)
             add_sums(d_bias_ih, work, dax, row, G, rows, strips, panel)
-            add_product(d_weight_ih, work, dax, row, G, (0, G), x.reshape(-1), begin_x, I, rows, strips, panel)
+            if 2 * I <= V:  # as columns they would fill less than half a vector
+                flat = d_weight_ih.reshape(-1)
+                add_narrow(flat, work, dax, row, G, x.reshape(-1), begin_x, I, I, rows, strips, panel)
+            else:
+                add_product(d_weight_ih, work, dax, row, G, (0, G), x.reshape(-1), begin_x, I, rows, strips, panel)
             if not JOINT:
                 add_sums(d_bias_hh, work, dah, row, G, rows, strips, panel)
             add_product(d_weight_hh, work, dah, row, G, (0, HEAD), flat_state, begin_h, H, rows, strips, panel)

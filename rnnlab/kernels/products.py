@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+from ..activations import ARITHMETIC
 from .compiling import part
 from .simd import VECTOR_BYTES, address, move, tile
 
@@ -18,6 +19,7 @@ __all__ = [
     "ACCUMULATORS",
     "DEPTH",
     "STRIPS",
+    "add_narrow",
     "add_sums",
     "add_transposed",
     "blocks",
@@ -339,20 +341,31 @@ def add_transposed(dtype):
     return add_transposed
 
 
-@njit
-def add_sums(out, a, a0, stride, gates, rows, strips, scratch):
-    """out (G·H,) += Σ a over `rows` rows of a, `stride` apart, for the strips of `add_transposed`."""
-    V, H = VECTOR_BYTES // out.itemsize, out.shape[0] // gates
+@njit(**ARITHMETIC)
+def add_narrow(out, a, a0, stride, gates, b, b0, b_row, columns, rows, strips, scratch):
+    """out (G·H·columns,) += aᵀ·b as `add_transposed`, for few columns: they take turns, and rows of a fill the vectors.
+
+    Rows of b are `b_row` apart.
+    """
+    V, H = VECTOR_BYTES // out.itemsize, len(out) // (gates * columns)
     for s0 in range(strips[0], strips[1], STRIPS):
         last = min(s0 + STRIPS, strips[1])
         begin = strip_at(s0, H, V, gates)
         count = strip_at(last, H, V, gates) - begin
-        for n in range(count):
-            scratch[n] = 0
-        for k in range(rows):
+        for j in range(columns):
             for n in range(count):
-                scratch[np.uintp(n)] += a[np.uintp(a0 + k * stride + begin + n)]
-        for s in range(s0, last):
-            p, g = s // gates, s % gates
-            for v in range(min(V, H - p * V)):
-                out[g * H + p * V + v] += scratch[strip_at(s, H, V, gates) - begin + v]
+                scratch[n] = 0
+            for k in range(rows):
+                factor = b[b0 + k * b_row + j]
+                for n in range(count):
+                    scratch[np.uintp(n)] += a[np.uintp(a0 + k * stride + begin + n)] * factor
+            for s in range(s0, last):
+                p, g = s // gates, s % gates
+                for v in range(min(V, H - p * V)):
+                    out[(g * H + p * V + v) * columns + j] += scratch[strip_at(s, H, V, gates) - begin + v]
+
+
+@njit
+def add_sums(out, a, a0, stride, gates, rows, strips, scratch):
+    """out (G·H,) += Σ a over `rows` rows of a, `stride` apart, for the strips of `add_transposed`."""
+    add_narrow(out, a, a0, stride, gates, (out.dtype.type(1),), 0, 0, 1, rows, strips, scratch)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import Array
-from .calls import call, entry
-from .clip import compare
+from .calls import Bound, bind, perform
 from .compiling import cached
 from .cpu import Call
 from .products import (
@@ -24,7 +23,7 @@ from .products import (
 from .simd import VECTOR_BYTES, address
 from .team import empty
 
-__all__ = ["NOTHING", "Bound", "Readout", "bind", "loop", "prepare_gradients", "prepare_omega"]
+__all__ = ["Readout", "draw_length", "loop", "prepare_gradients", "prepare_omega"]
 
 
 class Readout(NamedTuple):
@@ -44,25 +43,6 @@ class Readout(NamedTuple):
     d_bias: Array
 
 
-class Bound(NamedTuple):
-    """A compiled function with all that it takes: where its code begins (0: there is none), arguments, what it needs.
-
-    `kept` is what must stay alive while it is called.
-    """
-
-    code: int
-    arguments: tuple[Any, ...]
-    kept: Any = None
-
-
-NOTHING = Bound(0, ())
-
-
-def bind(kernel: Any, *arguments: Any) -> Bound:
-    """Return a compiled function with its arguments for `loop`."""
-    return Bound(entry(kernel, arguments), arguments, kernel)
-
-
 @cache
 def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) -> Any:
     V = VECTOR_BYTES // dtype.itemsize
@@ -70,14 +50,14 @@ def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) 
     columns_times, add_product = multiply_columns(dtype), add_transposed(dtype)
 
     @cached(f"{name}-{dtype}", row)
-    def gradients(codes, forward, backward, readout, work, carried, gradient, figures):
+    def gradients(forward, backward, readout, work, carried, gradient, figures):
         """Set the gradient of the mean loss by all parameters, and figures[0] to that loss."""
         features, d_features, targets, lengths, weight, bias, d_weight, d_bias = readout
         logits, packed, packed_columns, padded_bias, zero, scratch = work
         N, B, (O, H) = len(features), len(lengths), weight.shape
         units, columns = (O + V - 1) // V, (H + V - 1) // V
 
-        call(codes[0], forward)
+        perform(forward)
         pack_gates(packed, 0, weight, 1, 1, most, 0, units)
         padded_bias[:O] = bias
         rows_times(
@@ -106,7 +86,7 @@ def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) 
         add_product(
             d_weight, logits.reshape(-1), 0, units * V, 1, (0, 1), features.reshape(-1), 0, H, N, strips, scratch
         )
-        call(codes[1], backward)
+        perform(backward)
         figures[0] = loss / count
 
     return gradients
@@ -133,11 +113,8 @@ def prepare_gradients(
     work = tuple(empty((size,), dtype) for size in sizes)
     work[2][:], work[3][:] = 0, 0
     parts = tuple(bind(one.kernel, one.arguments, *[np.zeros(0, np.int64)] * 2, 1, False, 0) for one in calls)
-    codes, arguments = tuple(one.code for one in parts), (one.arguments for one in parts)
-    rooms = (empty((N, row_size), dtype), *work)
-    bound = bind(
-        _gradients_kernel(name, row, dtype), codes, *arguments, tuple(readout), rooms, carried, gradient, figures
-    )
+    rooms, passes = (empty((N, row_size), dtype), *work), (one.call for one in parts)
+    bound = bind(_gradients_kernel(name, row, dtype), *passes, tuple(readout), rooms, carried, gradient, figures)
     return bound._replace(kept=(bound.kept, parts))
 
 
@@ -213,40 +190,40 @@ DONE, MOVED, SKIPPED_IN_A_ROW, NOT_FINITE, COUNTS = range(5)
 LOSS, NORM, CLIPPED_NORM, FRACTION, COSINE, OMEGA, COUNT, LOSSES, CLIPPED, FRACTIONS, FIGURES = range(11)
 
 
+@cached("length")
+def draw_length(rng, lengths, low, high):
+    """Draw one length for all sequences of a batch, low to high: so does the program of Pascanu et al. (2013)."""
+    lengths[:] = rng.integers(low, high + 1)
+
+
 @cached("loop")
-def loop(codes, generate, span, gradients, omega, exact, clip, update, inside, counts, figures, updates, patience):
+def loop(calls, clipped, gradient, counts, figures, updates, patience):
     """Take updates until `updates` are done or `patience` in a row were skipped because the gradient was not finite.
 
-    Where a generator is called, and the ends of `span` are not the same, all sequences of a batch have one length drawn
-    from between them, as in the program of Pascanu, Mikolov & Bengio (2013).
-    `inside`: the counts of a rule that clips within BPTT (see `cpu.Clip`), its gradient and the exact one. `exact`
-    computes that for the last update only: of the others the norm before clipping and the cosine are NaN. Without a
-    code for `gradients` the gradient and its loss are those that are there.
+    `calls` are those of `Bound`: what draws a length and a batch, sets the gradient and its loss, adds that of Ω, clips
+    it and updates. Those that are not there leave what is there. `clipped`: the counts of a rule that clips within BPTT
+    (see `cpu.Clip`), if there is one; then the next calls set the exact gradient and compare both. They are done for
+    the last update only: of the others the norm before clipping and the cosine are NaN.
     """
-    clipped, gradient, exact_gradient = inside
-    weights, state, settings = update
+    length, batch, gradients, omega, clip, update, exact, compare = calls
     for n in range(updates):
-        if codes[0] != 0:
-            if span[0] < span[1]:
-                generate[3][:] = generate[0].integers(span[0], span[1] + 1)
-            call(codes[0], generate)
+        perform(length)
+        perform(batch)
         clipped[:] = 0
-        if codes[1] != 0:
-            call(codes[1], gradients)
-        if codes[2] != 0:
-            call(codes[2], omega)
-        call(codes[4], clip)
+        perform(gradients)
+        perform(omega)
+        perform(clip)
         if len(clipped) > 0:
             figures[NORM] = figures[COSINE] = np.nan
             figures[FRACTION] = clipped[0, 0] / clipped[0, 1]
-            if codes[3] != 0 and n == updates - 1:
-                call(codes[3], exact)
-                compare(exact_gradient, gradient, figures[NORM:])
+            if n == updates - 1:
+                perform(exact)
+                perform(compare)
         counts[DONE] += 1
         if np.isfinite(figures[CLIPPED_NORM]):
             counts[MOVED] += 1
             counts[SKIPPED_IN_A_ROW] = 0
-            call(codes[5], (weights, gradient, state, counts[MOVED], settings))
+            perform(update)
             figures[COUNT] += 1
             figures[LOSSES] += figures[LOSS]
             figures[CLIPPED] += figures[FRACTION] > 0

@@ -47,7 +47,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
     if size < _SMALL:
         memory = np.empty(size + _LINE, np.uint8)
-        return np.ndarray(shape, dtype, memory, -memory.__array_interface__["data"][0] % _LINE)
+        return np.ndarray(shape, dtype, memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % _LINE)
     step = 1 << (size.bit_length() - 4)
     size = -(-size // step) * step
     kept = _free.get(size)
