@@ -98,14 +98,34 @@ def test_gates_of_a_unit_are_packed_side_by_side(dtype, group, one_row):
             weight = normal(dtype, group * H, depth)
             _, want = panels(in_lanes(weight.T, group, dtype), most)
             target, U = Guarded(want.shape, dtype), units_of(H, dtype)
-            products.pack_gates(target.array, 0, weight, group, group, most, 0, U)
+            products.pack_gates(target.array, 0, weight, group, group, most, 0, U, U)
             np.testing.assert_array_equal(target.array, want)
             assert target.intact
             weight[-H:] = 0  # as if it were not kept
             _, want = panels(in_lanes(weight.T, group, dtype), most)
             weight[-H:] = np.nan
-            products.pack_gates(target.array, 0, weight, group, group - 1, most, 0, U)
+            products.pack_gates(target.array, 0, weight, group, group - 1, most, 0, U, U)
             np.testing.assert_array_equal(target.array, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", GROUPS)
+def test_gates_of_the_last_unit_share_vectors(dtype, gates):
+    V, depth = lanes(dtype), 7
+    for H in range(1, 2 * V + 1):
+        rest, units = H % V, units_of(H, dtype)
+        whole = products.whole_units(H, V, gates, False)
+        assert whole == units - (0 < gates * rest <= (gates - 1) * V)
+        assert products.whole_units(H, V, gates, True) == units
+        if whole < units:
+            assert products.shared_vectors(H, V, gates) == units_of(gates * rest, dtype)
+            weight = normal(dtype, gates * H, depth)
+            rows = weight.reshape(gates, H, depth)[:, H - rest :].reshape(-1, depth)
+            _, want = panels(in_lanes(rows.T, 1, dtype), products.panel_units(1))
+            target = Guarded(want.shape, dtype)
+            products.pack_shared(target.array, 0, weight, gates)
+            np.testing.assert_array_equal(target.array, want)
+            assert target.intact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,19 +158,19 @@ def test_parts_of_a_packing_are_shared_out_without_overlap(dtype, parties):
     weight, columns = normal(dtype, group * H, depth), normal(dtype, gates * 4, H)
     U = units_of(H, dtype)
     for one_row in (False, True):
-        for pack, source, most, numbers in (
-            (products.pack_gates, weight, products.panel_units(group, one_row), group * V * depth),
-            (products.pack_columns, columns, products.panel_units(1, one_row), len(columns) * V),
+        for pack, source, most, numbers, of in (
+            (products.pack_gates, weight, products.panel_units(group, one_row), group * V * depth, (U,)),
+            (products.pack_columns, columns, products.panel_units(1, one_row), len(columns) * V, ()),
         ):
             whole = np.full(shift + U * numbers, np.nan, dtype)
-            pack(whole, shift, source, group, group, most, 0, U)
+            pack(whole, shift, source, group, group, most, 0, U, *of)
             assert np.isnan(whole[:shift]).all()
             parts, ends = np.full_like(whole, np.nan), []
             for rank in range(parties):
                 first, last = (products.share(U, most, r, parties) for r in (rank, rank + 1))
                 ends += [first, last]
                 one = np.full_like(whole, np.nan)
-                pack(one, shift, source, group, group, most, first, last)
+                pack(one, shift, source, group, group, most, first, last, *of)
                 mine = slice(shift + first * numbers, shift + last * numbers)
                 parts[mine] = one[mine]
                 one[mine] = np.nan

@@ -5,7 +5,8 @@ Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h a
     x (T, B, I)    weight_ih (G·H, I), weight_hh (G·H, H)    state, d_state (S, T+1, B, H), slot 0 is the initial one
 
 V units fill one vector register; U such vectors hold all H, the last one padded. What stays inside is kept in that
-order: ax is (T, B, U, G, V), `saved` is (T, U, B, K, V); dax and dah are (T, B, U, G, V) without the padding.
+order: ax is (T, B, U, G, V), `saved` is (T, U, B, K, V); dax and dah are (T, B, U, G, V) without the padding. Where
+the gates of the last unit fit into fewer than G vectors, they share them in ax, biases and packed weights.
 
 Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product
 with W_hh leaves the sums of all gates of a few sequences and units in a panel, where the cell takes them up at once;
@@ -38,6 +39,7 @@ from .panels import (
     numbers_saved,
     put_numbers,
     regions,
+    spread_gates,
     store_gates,
     take_numbers,
     tile_product,
@@ -51,9 +53,12 @@ from .products import (
     multiply_columns,
     pack_columns,
     pack_gates,
+    pack_shared,
     panel_units,
     scratch_size,
     share,
+    shared_vectors,
+    whole_units,
 )
 from .simd import VECTOR_BYTES, address
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
@@ -95,11 +100,12 @@ def _forward_work(cell: Cell, V: int, I: int, H: int, rows: int, B: int) -> tupl
 def _forward_kernel(cell: Cell, dtype, keep: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    VECTORS, JOINT, RESET, KEEP, LAST_G = R // V, cell.joint, cell.reset is not None, keep, 1 if cell.reset else G
+    R, (SUM, _, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
+    VECTORS, RESET, KEEP, LAST_G = R // V, cell.reset is not None, keep, 1 if cell.reset else G
     SINGLE, MANY = panel_units(G, one_row=True), panel_units(G)
     SINGLE_LAST, MANY_LAST = panel_units(LAST_G, one_row=True), panel_units(LAST_G)
-    all_steps, gate_sums, last_sums = multiply(G, dtype), *(tile_product(n, dtype, V, R) for n in (G, LAST_G))
+    input_sums, tile_sums = _forward_sums(cell, dtype)
+    gate_sums, last_sums = tile_product(G, dtype, V, R), tile_product(1, dtype, V, R)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = forward_step(cell, dtype, V, keep)
     reset_panel, pack = forward_reset(cell, dtype, V) if RESET else None, _forward_pack(cell, dtype)
@@ -112,12 +118,16 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         (
             x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk, packed,
         ) = arguments  # fmt: skip
-        PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, CHUNK_AX, CARRIED, PACKED_LAST, SUMS, LAST_SUM, _ = places
-        T, B, I, H = x.shape[0], x.shape[1], x.shape[2], state.shape[3]
-        units = (H + V - 1) // V
+        _, PACKED_HH, _, _, PEEPHOLES, CHUNK_AX, CARRIED, PACKED_LAST, SUMS, LAST_SUM, _ = places
+        T, B, H = x.shape[0], x.shape[1], state.shape[3]
+        units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
         row, most, most_last = units * G * V, SINGLE if B == 1 else MANY, SINGLE_LAST if B == 1 else MANY_LAST
-        panel, flat_x, flat_state = panels[rank], x.reshape(-1), state.reshape(-1)
-        flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
+        panel, flat_state, flat_saved, flat_reset = (
+            panels[rank],
+            state.reshape(-1),
+            saved.reshape(-1),
+            reset_h.reshape(-1),
+        )
         of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
         of_peepholes, of_carried = (units * V, 0, V), (B * units * V, units * V, V)
 
@@ -137,20 +147,15 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         shortest = lengths.min()
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
         first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS)
-        last_count = list_tiles(last_tiles, first, last, w0, w1, units, most_last, VECTORS)
+        last_count = list_tiles(last_tiles, first, last, w0, min(w1, whole), whole, most_last, VECTORS)
+        last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS)
         for k in range(last_count):
             load_rows(panel, OLD, R, flat_state, 0, S, of_state, _tile(last_tiles, k), H)
             store(panel, OLD, R, work, CARRIED, S, of_carried, _tile(last_tiles, k), H)
 
         for t0 in range(0, T, chunk):
             steps = min(chunk, T - t0)
-            pieces, rows = (1, steps * B) if last - first == B else (steps, last - first)
-            for k in range(pieces):
-                at = k * B + first
-                all_steps(
-                    address(work, CHUNK_AX + at * row), row, address(work, BIAS_IH), 0,
-                    address(flat_x, (t0 * B + at) * I), I, address(work, PACKED_IH), I, rows, v0, v1, units,
-                )  # fmt: skip
+            input_sums(arguments, t0, steps, first, last, v0, v1)
             for t in range(t0, t0 + steps):
                 old = CARRIED + t % 2 * S * B * units * V
                 new = CARRIED + (t + 1) % 2 * S * B * units * V
@@ -181,9 +186,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         )  # fmt: skip
                         load(panel, SUM, R, work, SUMS, G - 1, of_gates, tile, H)
                     else:
-                        begin, stride = (ax, row) if JOINT else (BIAS_HH, 0)
-                        last_sums(panel, SUM, work, begin, stride, work, old, units * V, work, PACKED_HH, H, tile)
-                    load(panel, AX, R, work, ax, 0 if JOINT else G, of_gates, tile, H)
+                        tile_sums(panel, work, places, ax, old, H, tile)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
                     load(panel, OLD, R, work, old, S, of_carried, tile, H)
                     step_panel(panel, tile[1] * tile[3] * V)
@@ -205,6 +208,60 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
 
 
 @cache
+def _forward_sums(cell: Cell, dtype):
+    """Build what sums up in the gates: products with the inputs of a chunk of steps, and with the state for a tile."""
+    G, JOINT, RESET, V = len(cell.gates), cell.joint, cell.reset is not None, VECTOR_BYTES // dtype.itemsize
+    R, (SUM, AX, _, _, NEW, _, _) = forward_panel(cell, V)
+    of_whole_units, of_shared_vectors, of_tile = multiply(G, dtype), multiply(1, dtype), tile_product(G, dtype, V, R)
+    load, spread = moves(V, True)[0], spread_gates(G, V)
+
+    @part(cell.name, dtype)
+    def input_sums(arguments, t0, steps, first, last, u0, u1):
+        """Set ax of a chunk, for sequences first…last and units u0…u1."""
+        x, weight_ih, work, places = arguments[0], arguments[1], *arguments[10:12]
+        PACKED_IH, _, BIAS_IH, _, _, CHUNK_AX = places[:6]
+        B, I, H = x.shape[1], x.shape[2], len(weight_ih) // G
+        units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
+        shared, row, end = shared_vectors(H, V, G), units * G * V, whole * G * V
+        pieces, rows = (1, steps * B) if last - first == B else (steps, last - first)
+        for k in range(pieces):
+            at = k * B + first
+            source = address(x.reshape(-1), (t0 * B + at) * I)
+            of_whole_units(
+                address(work, CHUNK_AX + at * row), row, address(work, BIAS_IH), 0, source, I,
+                address(work, PACKED_IH), I, rows, u0, min(u1, whole), whole,
+            )  # fmt: skip
+            if u1 > whole:
+                of_shared_vectors(
+                    address(work, CHUNK_AX + at * row + end), row, address(work, BIAS_IH + end), 0, source, I,
+                    address(work, PACKED_IH + end * I), I, rows, 0, shared, shared,
+                )  # fmt: skip
+
+    @part(cell.name, dtype)
+    def tile_sums(panel, work, places, ax, old, H, tile):
+        """Leave the gate sums of a tile in its panel, ax among them or, where it counts apart, beside them."""
+        _, PACKED_HH, _, BIAS_HH = places[:4]
+        units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
+        row, end, lanes, first = units * G * V, whole * G * V, H - whole * V, tile[2]
+        begin, stride = (ax, row) if JOINT else (BIAS_HH, 0)
+        if tile[0] < whole:
+            of_tile(panel, SUM, work, begin, stride, work, old, units * V, work, PACKED_HH, H, tile)
+            load(panel, AX, R, work, ax, 0 if JOINT else G, (V, row, G * V), tile, H)
+        else:
+            shared = shared_vectors(H, V, G)
+            of_shared_vectors(
+                address(panel, NEW), shared * V, address(work, begin + first * stride + end), stride,
+                address(work, old + first * units * V), units * V, address(work, PACKED_HH + end * H), H, tile[3],
+                0, shared, shared,
+            )  # fmt: skip
+            spread(panel, SUM, R, panel, NEW, shared * V, tile[3], lanes)
+            if not JOINT:
+                spread(panel, AX, R, work, ax + first * row + end, row, tile[3], lanes)
+
+    return input_sums, tile_sums
+
+
+@cache
 def _forward_pack(cell: Cell, dtype):
     """Build the packing of weights and biases, the part of one thread. With a reset W_hn has a product of its own."""
     G, JOINT, RESET, HEAD = len(cell.gates), cell.joint, cell.reset is not None, len(cell.gates) - bool(cell.reset)
@@ -215,31 +272,36 @@ def _forward_pack(cell: Cell, dtype):
         _, weight_ih, weight_hh, bias_ih, bias_hh, peephole, _, _, _, _, work, places = arguments[:12]
         PACKED_IH, PACKED_HH, BIAS_IH, BIAS_HH, PEEPHOLES, _, _, PACKED_LAST = places[:8]
         H = weight_hh.shape[1]
-        units = (H + V - 1) // V
-        pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, *_shares(units, MANY, rank, parties))
-        pack_gates(work, PACKED_HH, weight_hh, G, HEAD, most, *_shares(units, most, rank, parties))
+        units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
+        u0, u1 = _shares(units, most, rank, parties)
+        v0, v1 = _shares(units, MANY, rank, parties)
+        pack_gates(work, PACKED_IH, weight_ih, G, G, MANY, v0, min(v1, whole), whole)
+        pack_gates(work, PACKED_HH, weight_hh, G, HEAD, most, u0, min(u1, whole), whole)
+        if whole < units and rank == parties - 1:
+            pack_shared(work, PACKED_IH + whole * G * V * weight_ih.shape[1], weight_ih, G)
+            pack_shared(work, PACKED_HH + whole * G * V * H, weight_hh, G)
         if RESET:
             last = _shares(units, most_last, rank, parties)
-            pack_gates(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most_last, *last)
+            pack_gates(work, PACKED_LAST, weight_hh[HEAD * H :], 1, 1, most_last, *last, units)
         if rank == 0:
-            _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT)
+            _pack_biases(work, BIAS_IH, BIAS_HH, bias_ih, bias_hh, G, JOINT, whole)
             _pack_peepholes(work, PEEPHOLES, peephole, H)
 
     return pack
 
 
 @njit
-def _pack_biases(work, to_ih, to_hh, bias_ih, bias_hh, gates, joint):
+def _pack_biases(work, to_ih, to_hh, bias_ih, bias_hh, gates, joint, whole):
     """Pack the biases in the order unit, gate, lane; of a joint cell the sum of both, to where that of ax belongs."""
     V, H = VECTOR_BYTES // work.itemsize, bias_ih.shape[0] // gates
-    for u in range((H + V - 1) // V):
-        for g in range(gates):
-            for v in range(V):
-                to, j = (u * gates + g) * V + v, g * H + u * V + v
-                work[to_ih + to] = work[to_hh + to] = 0
-                if u * V + v < H:
-                    work[to_ih + to] = bias_ih[j] + bias_hh[j] if joint else bias_ih[j]
-                    work[to_hh + to] = bias_hh[j]
+    row = (H + V - 1) // V * V * gates
+    work[to_ih : to_ih + row] = work[to_hh : to_hh + row] = 0
+    for g in range(gates):
+        for j in range(H):
+            u, v = j // V, j % V
+            to = u * gates * V + g * (V if u < whole else H % V) + v
+            work[to_ih + to] = bias_ih[g * H + j] + bias_hh[g * H + j] if joint else bias_ih[g * H + j]
+            work[to_hh + to] = bias_hh[g * H + j]
 
 
 @njit

@@ -27,6 +27,7 @@ __all__ = [
     "numbers_saved",
     "put_numbers",
     "regions",
+    "spread_gates",
     "store_gates",
     "take_numbers",
     "tile_product",
@@ -127,6 +128,22 @@ def store_gates(V):
                 i += V
 
     return store_gates
+
+
+@cache
+def spread_gates(gates, V):
+    """Build the inverse of what gates share: the gates of a unit in `memory`, `lanes` numbers each, as whole vectors.
+
+    Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, which nobody reads.
+    """
+
+    @part(gates, V)
+    def spread_gates(panel, to, region, memory, begin, stride, rows, lanes):
+        for i in range(rows):
+            for g in range(gates):
+                move(panel, to + g * region + i * V, memory, begin + i * stride + g * lanes, V)
+
+    return spread_gates
 
 
 @cache

@@ -28,10 +28,13 @@ __all__ = [
     "multiply_columns",
     "pack_columns",
     "pack_gates",
+    "pack_shared",
     "panel_units",
     "rows_at",
     "scratch_size",
     "share",
+    "shared_vectors",
+    "whole_units",
     "width_at",
 ]
 
@@ -48,6 +51,10 @@ def panel_units(group: int, one_row: bool = False) -> int:
     """Return how many units a panel holds: for one row twice as many, because one multiply-add waits for the last."""
     units = max(u for u in (1, 2, 4) if u == 1 or u * group <= 4)
     return 2 * units if one_row else units
+
+
+#: Units of a panel of one gate, for compiled code.
+_PANEL = panel_units(1)
 
 
 @njit
@@ -224,14 +231,13 @@ _SPREAD = 64
 
 
 @njit
-def pack_gates(target, at, weight, gates, kept, most, first, last):
-    """Pack units first…last of the transpose of `weight` (G·H, K) into panels that hold all gates of a unit.
+def pack_gates(target, at, weight, gates, kept, most, first, last, units):
+    """Pack units first…last of `units` of the transpose of `weight` (G·H, K) into panels that hold all gates of a unit.
 
     Gates from the one numbered `kept` on count as zero.
     """
     V, H, K = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
-    source, units = weight.reshape(-1), (H + V - 1) // V
-    unit = first
+    source, unit = weight.reshape(-1), first
     while unit < last:
         width = width_at(unit, units, most)
         stride = width * gates * V
@@ -246,6 +252,33 @@ def pack_gates(target, at, weight, gates, kept, most, first, last):
                     for k in range(min(_SPREAD, K - k0)):
                         for v in range(valid, V):
                             target[to + k * stride + v] = 0
+        unit += width
+
+
+@njit
+def shared_vectors(H, V, gates):
+    """Return how many vectors the gates of a last unit of H mod V numbers share."""
+    return (H % V * gates + V - 1) // V
+
+
+@njit
+def whole_units(H, V, gates, apart):
+    """Return the units whose gates have vectors of their own: all, where sharing saves none or gates stay `apart`."""
+    units = (H + V - 1) // V
+    return units if apart or H % V == 0 or shared_vectors(H, V, gates) == gates else units - 1
+
+
+@njit
+def pack_shared(target, at, weight, gates):
+    """Pack the transpose of those rows of `weight` (G·H, K) that fill no vector of H: gate after gate, as panels."""
+    V, H, K = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
+    lanes, units, unit = H % V, shared_vectors(H, V, gates), 0
+    while unit < units:
+        width = width_at(unit, units, _PANEL)
+        for n in range(width * V):
+            g, v = divmod(unit * V + n, lanes)
+            for k in range(K):
+                target[at + unit * V * K + k * width * V + n] = weight[g * H + H - lanes + v, k] if g < gates else 0
         unit += width
 
 

@@ -58,7 +58,7 @@ def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) 
         units, columns = (O + V - 1) // V, (H + V - 1) // V
 
         perform(forward)
-        pack_gates(packed, 0, weight, 1, 1, most, 0, units)
+        pack_gates(packed, 0, weight, 1, 1, most, 0, units, units)
         padded_bias[:O] = bias
         rows_times(
             address(logits.reshape(-1), 0), units * V, address(padded_bias, 0), 0, address(features.reshape(-1), 0), H,
