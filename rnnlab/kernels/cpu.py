@@ -218,7 +218,7 @@ def _forward_sums(cell: Cell, dtype):
     @part(cell.name, dtype)
     def input_sums(arguments, t0, steps, first, last, u0, u1):
         """Set ax of a chunk, for sequences first…last and units u0…u1."""
-        x, weight_ih, work, places = arguments[0], arguments[1], *arguments[10:12]
+        (x, weight_ih), (work, places) = arguments[:2], arguments[10:12]
         PACKED_IH, _, BIAS_IH, _, _, CHUNK_AX = places[:6]
         B, I, H = x.shape[1], x.shape[2], len(weight_ih) // G
         units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
