@@ -122,12 +122,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         T, B, H = x.shape[0], x.shape[1], state.shape[3]
         units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
         row, most, most_last = units * G * V, SINGLE if B == 1 else MANY, SINGLE_LAST if B == 1 else MANY_LAST
-        panel, flat_state, flat_saved, flat_reset = (
-            panels[rank],
-            state.reshape(-1),
-            saved.reshape(-1),
-            reset_h.reshape(-1),
-        )
+        panel, flat_state = panels[rank], state.reshape(-1)
+        flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
         of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
         of_peepholes, of_carried = (units * V, 0, V), (B * units * V, units * V, V)
 
@@ -167,7 +163,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         tile = _tile(first_tiles, k)
                         gate_sums(panel, SUM, work, ax, row, work, old, units * V, work, PACKED_HH, H, tile)
                         load(panel, OLD, R, work, old, 1, of_carried, tile, H)
-                        reset_panel(panel, tile[1] * tile[3] * V)
+                        reset_panel(panel, tile, t, lengths, shortest)
                         store_rows(panel, NEW, R, flat_reset, reset_at, 1, of_state, tile, H)
                         if KEEP:
                             store(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
@@ -189,19 +185,11 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                         tile_sums(panel, work, places, ax, old, H, tile)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
                     load(panel, OLD, R, work, old, S, of_carried, tile, H)
-                    step_panel(panel, tile[1] * tile[3] * V)
+                    step_panel(panel, tile, t, lengths, shortest)
                     store(panel, NEW, R, work, new, S, of_carried, tile, H)
                     store_rows(panel, NEW, R, flat_state, (t + 1) * B * H, S, of_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
-                    for b in range(tile[2], tile[2] + tile[3] if t >= shortest else 0):
-                        if t >= lengths[b]:  # past the end of a sequence its state is held
-                            one = tile[0], tile[1], b, 1
-                            load(panel, OLD, R, work, old, S, of_carried, one, H)
-                            store(panel, OLD, R, work, new, S, of_carried, one, H)
-                            store_rows(panel, OLD, R, flat_state, (t + 1) * B * H, S, of_state, one, H)
-                            if KEEP:
-                                saved[t, tile[0] : tile[0] + tile[1], b] = 0
         wait_until_done(mails, parties, rank)
 
     return forward
@@ -419,9 +407,10 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
     VECTORS, JOINT, RESET = R // V, cell.joint, cell.reset is not None
     SCALED, STATES, GATES = (mode == name for name in ("scaled", "states", "gates"))
     WHOLE = SCALED or STATES  # all units of dL/dstate_t are looked at before any takes its step
-    SINGLE, MANY = panel_units(1, one_row=not WHOLE), panel_units(1)  # `many_rows` takes no others
-    through_weights, many_rows, store_da = tile_product(1, dtype, V, R), multiply(1, dtype), store_gates(V)
+    SINGLE, MANY = panel_units(1, one_row=not WHOLE), panel_units(1)  # `take_whole` takes no others
+    through_weights, store_da = tile_product(1, dtype, V, R), store_gates(V)
     pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, SCALED)
+    take_whole = _whole_adjoint(cell, dtype, mode) if WHOLE else None
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = backward_step(cell, V, WHOLE)
     reset_panel = backward_reset(cell, V) if RESET else None
@@ -436,12 +425,12 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
         arguments, counter, mails = borrow((arguments, counter, mails))
         post(mails, parties, rank, *job((arguments, counter, mails, parties, by_units)))
         (
-            _, d_output, d_output_exponent, _, _, _, lengths, _, saved, _, d_state, exponent, _, _, _,
+            _, d_output, _, _, _, _, lengths, _, saved, _, d_state, _, _, _, _,
             d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limits, counts,
         ) = arguments  # fmt: skip
         limit = limits[0]  # in an array: a number would come as a float64
         (
-            _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, DH, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
+            _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, _, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
         ) = places  # fmt: skip
         T, B, H = d_output.shape
         units, depth = (H + V - 1) // V, G * H
@@ -449,7 +438,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
         panel, tiles, flat_saved = panels[rank], tables[rank, 0], saved.reshape(-1)
         flat_d, flat_direct = d_state.reshape(-1), d_output.reshape(-1)
         of_state, of_saved, of_carry = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (B * units * V, units * V, V)
-        of_peepholes, nowhere = (units * V, 0, V), (0, 0, 0)
+        of_peepholes = (units * V, 0, V)
 
         pack(arguments, most, rank, parties)
         if parties > 1:
@@ -468,23 +457,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
                 if by_units and t < T - 1:
                     wait_for_all(counter, parties)
                 if WHOLE:
-                    if t < T - 1:
-                        many_rows(
-                            address(work, DH + first * units * V), units * V,
-                            address(work, CARRY + first * units * V), units * V,
-                            address(work, after + first * row), row,
-                            address(work, PACKED_HH), depth, last - first, 0, units, units,
-                        )  # fmt: skip
-                        _take_carried(d_state, t + 1, work, CARRY, DH, first, last, units * V)
-                    for b in range(first, last):
-                        if STATES and t < lengths[b]:
-                            _add_clipped(d_state[:, t + 1, b], d_output[t, b], limit, counts[rank])
-                        if SCALED:
-                            exponent[t, b] = exponent[t + 1, b]
-                        if SCALED and t < lengths[b]:
-                            exponent[t, b] = exponent[t + 1, b] = _add_scaled(
-                                d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
-                            )
+                    take_whole(arguments, t, after, first, last, rank)
                 for k in range(count):
                     tile = _tile(tiles, k)
                     bring(flat_saved, kept, K, of_saved, tile)
@@ -500,12 +473,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
                         load_rows(panel, DIRECT, R, flat_direct, here, 1, of_state, tile, H)
                     load(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
-                    ended = t >= shortest
-                    for b in range(tile[2], tile[2] + tile[3] if ended else 0):
-                        if t >= lengths[b]:
-                            one = tile[0], tile[1], b, 1
-                            load(panel, DIRECT + (b - tile[2]) * tile[1] * V, R, work, ZERO, 1, nowhere, one, H)
-                    step_panel(panel, tile[1] * tile[3] * V)
+                    step_panel(panel, tile, t, lengths, shortest)
                     store_da(panel, DAX, R, work, dax, G, row, tile, H)
                     if not JOINT:
                         store_da(panel, DAH, R, work, dah, G, row, tile, H)
@@ -514,17 +482,6 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
                         store_da(panel, DAX + (G - 1) * R, R, work, DA_LAST, 1, units * V, tile, H)
                     store_rows(panel, TOTAL, R, flat_d, there, S, of_state, tile, H)
                     store(panel, OLD, R, work, CARRY, S, of_carry, tile, H)
-                    for b in range(tile[2], tile[2] + tile[3] if ended else 0):
-                        if t >= lengths[b]:  # the state was held: so is its adjoint, and no weight has a share
-                            one, shift = (tile[0], tile[1], b, 1), (b - tile[2]) * tile[1] * V
-                            store_rows(panel, NEW + shift, R, flat_d, there, S, of_state, one, H)
-                            store(panel, NEW + shift, R, work, CARRY, S, of_carry, one, H)
-                            store_da(panel, DIRECT + shift, 0, work, dax, G, row, one, H)
-                            if not JOINT:
-                                store_da(panel, DIRECT + shift, 0, work, dah, G, row, one, H)
-                            store_da(panel, DIRECT + shift, 0, work, dp, P, P * units * V, one, H)
-                            if RESET:
-                                store_da(panel, DIRECT + shift, 0, work, DA_LAST, 1, units * V, one, H)
                 if GATES:
                     for b in range(first, last):
                         _clamp_row(work, dax + b * row, depth, limit, counts[rank])
@@ -545,11 +502,8 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
                         load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
                         load(panel, OLD, R, work, CARRY, 1, of_carry, tile, H)
                         reset_panel(panel, tile[1] * tile[3] * V)
-                        for b in range(tile[2], tile[2] + tile[3]):
-                            if t < lengths[b]:
-                                one, shift = (tile[0], tile[1], b, 1), (b - tile[2]) * tile[1] * V
-                                store(panel, OLD + shift, R, work, CARRY, 1, of_carry, one, H)
-                                store_rows(panel, DAX + shift, R, work, dax, 1, (0, row, G * V), one, H)
+                        store(panel, OLD, R, work, CARRY, 1, of_carry, tile, H)
+                        store_rows(panel, DAX, R, work, dax, 1, (0, row, G * V), tile, H)
                     if GATES:
                         for b in range(first, last):
                             _clamp_row(work, dax + b * row, depth, limit, counts[rank])
@@ -572,6 +526,39 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             d_bias_hh[:] = d_bias_ih
 
     return backward
+
+
+@cache
+def _whole_adjoint(cell: Cell, dtype, mode: str):
+    """Build what sets dL/dstate_t of some sequences as a whole, before any unit takes its step: rescaled or clipped."""
+    G, V, SCALED, STATES = len(cell.gates), VECTOR_BYTES // dtype.itemsize, mode == "scaled", mode == "states"
+    many_rows = multiply(1, dtype)
+
+    @part(cell.name, dtype, mode)
+    def take_whole(arguments, t, after, first, last, rank):
+        (d_output, d_output_exponent), lengths, (d_state, exponent) = arguments[1:3], arguments[6], arguments[10:12]
+        (work, places), (limits, counts) = arguments[18:20], arguments[-2:]
+        PACKED_HH, CARRY, DH = places[1], places[5], places[6]
+        T, _, H = d_output.shape
+        units = (H + V - 1) // V
+        row, one = units * G * V, units * V
+        if t < T - 1:
+            many_rows(
+                address(work, DH + first * one), one, address(work, CARRY + first * one), one,
+                address(work, after + first * row), row, address(work, PACKED_HH), G * H, last - first, 0, units, units,
+            )  # fmt: skip
+            _take_carried(d_state, t + 1, work, CARRY, DH, first, last, one)
+        for b in range(first, last):
+            if STATES and t < lengths[b]:
+                _add_clipped(d_state[:, t + 1, b], d_output[t, b], limits[0], counts[rank])
+            if SCALED:
+                exponent[t, b] = exponent[t + 1, b]
+            if SCALED and t < lengths[b]:
+                exponent[t, b] = exponent[t + 1, b] = _add_scaled(
+                    d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
+                )
+
+    return take_whole
 
 
 @cache

@@ -206,18 +206,36 @@ def _nothing(count, dtype):
     return (dtype.type(-0.0),) * count
 
 
+def _by_length(step, hold, V, *key):
+    """Build what takes the step of a tile at time t: `step` for sequences that go on, `hold` for those that ended.
+
+    Both are loops over a panel from one number of a region to another; `shortest` is the least of `lengths`.
+    """
+
+    @part(*key, forceinline=True)
+    def by_length(panel, tile, t, lengths, shortest):
+        size, rows = tile[1] * V, tile[3] if t < shortest else 1
+        for b in range(0, tile[3], rows):
+            if t < lengths[tile[2] + b]:
+                step(panel, b * size, (b + rows) * size)
+            else:
+                hold(panel, b * size, (b + rows) * size)
+
+    return by_length
+
+
 @cache
 def forward_step(cell: Cell, dtype, V: int, keep: bool):
-    """Build the loop of `step` over a panel."""
+    """Build (panel, tile, t, lengths, shortest) ↦ the steps of a tile, see `_by_length`."""
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
     R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
     take_gates, take_peepholes, take_states = map(take_numbers, (G, P, S))
     put_states, put_saved = map(put_numbers, (S, K))
-    step, JOINT, KEEP, nothing = cell.step, cell.joint, keep, _nothing(G, dtype)
+    step, JOINT, KEEP, nothing, zeros = cell.step, cell.joint, keep, _nothing(G, dtype), (dtype.type(0),) * K
 
     @_loop(cell.name, dtype, keep)
-    def forward_step(panel, count):
-        for v in range(count):
+    def forward_step(panel, first, last):
+        for v in range(first, last):
             ax = take_gates(panel, v + (SUM if JOINT else AX), R)
             ah = nothing if JOINT else take_gates(panel, v + SUM, R)
             new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(panel, v + OLD, R))
@@ -225,38 +243,54 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
             if KEEP:
                 put_saved(panel, v + SAVED, R, partials)
 
-    return forward_step
+    @_loop(cell.name, dtype, keep)
+    def forward_hold(panel, first, last):
+        for v in range(first, last):
+            put_states(panel, v + NEW, R, take_states(panel, v + OLD, R))
+            put_saved(panel, v + SAVED, R, zeros)
+
+    return _by_length(forward_step, forward_hold, V, "forward", cell.name, dtype, keep)
 
 
 @cache
 def forward_reset(cell: Cell, dtype, V: int):
-    """Build the loop over a panel of the first phase of a cell that resets h before the product of its last gate."""
+    """Build the same as `forward_step` for the first phase of a cell that resets h before the product of a gate."""
     R, (SUM, _, _, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    reset, nothing = cell.reset[0], dtype.type(-0.0)
+    reset, nothing, zero = cell.reset[0], dtype.type(-0.0), dtype.type(0)
     take, put, put_kept = take_numbers(1), put_numbers(1), put_numbers(2)
 
     @_loop(cell.name, dtype)
-    def forward_reset(panel, count):
-        for v in range(count):
+    def forward_reset(panel, first, last):
+        for v in range(first, last):
             new, partials = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
             put(panel, v + NEW, R, (new,))
             put_kept(panel, v + SAVED, R, partials)
 
-    return forward_reset
+    @_loop(cell.name, dtype)
+    def reset_hold(panel, first, last):
+        for v in range(first, last):
+            put(panel, v + NEW, R, (zero,))
+            put_kept(panel, v + SAVED, R, (zero, zero))
+
+    return _by_length(forward_reset, reset_hold, V, "reset", cell.name, dtype)
 
 
 @cache
 def backward_step(cell: Cell, V: int, whole: bool):
-    """Build the loop of `step_backward` over a panel; where dL/dstate is not whole, its direct part is added."""
+    """Build the same as `forward_step` for `step_backward`; where dL/dstate is not whole, its direct part is added.
+
+    Where a sequence has ended the state was held: so is its adjoint, and no weight has a share.
+    """
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
     take_saved, take_peepholes, take_states, take_direct = map(take_numbers, (K, P, S, 1))
     put_gates, put_peepholes, put_states, put_h = map(put_numbers, (len(cell.gates), P, S, 1))
     step_backward, JOINT, WHOLE = cell.step_backward, cell.joint, whole
+    no_gates, no_peepholes = (0,) * len(cell.gates), (0,) * P
 
     @_loop(cell.name, V, whole)
-    def backward_step(panel, count):
-        for v in range(count):
+    def backward_step(panel, first, last):
+        for v in range(first, last):
             if not WHOLE:
                 put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
             da_x, da_h, dp, total, d_old = step_backward(
@@ -271,12 +305,25 @@ def backward_step(cell: Cell, V: int, whole: bool):
             put_states(panel, v + TOTAL, R, total)
             put_states(panel, v + OLD, R, d_old)
 
-    return backward_step
+    @_loop(cell.name, V, whole)
+    def backward_hold(panel, first, last):
+        for v in range(first, last):
+            put_gates(panel, v + DAX, R, no_gates)
+            if not JOINT:
+                put_gates(panel, v + DAH, R, no_gates)
+            put_peepholes(panel, v + DP, R, no_peepholes)
+            put_states(panel, v + TOTAL, R, take_states(panel, v + NEW, R))
+            put_states(panel, v + OLD, R, take_states(panel, v + NEW, R))
+
+    return _by_length(backward_step, backward_hold, V, "backward", cell.name, V, whole)
 
 
 @cache
 def backward_reset(cell: Cell, V: int):
-    """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh."""
+    """Build the loop over a panel that takes dL/d(r ∘ h) to dL/da_r and adds its part to dL/dh.
+
+    Where a sequence has ended nothing was saved: dL/da_r is 0 and dL/dh stays.
+    """
     _, reset_backward = cell.reset
     R, (NEW, _, SAVED, _, DAX, _, _, _, OLD, _) = backward_panel(cell, V)
     take, take_kept, put = take_numbers(1), take_numbers(2), put_numbers(1)
