@@ -115,7 +115,7 @@ def _kernel(cell: Cell, dtype):
     HEAD, WIDTH = G - bool(cell.reset), _width(cell)
     through_weights, rescale = multiply(1, dtype), _rescale(dtype)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
-    step_panel, reset_panel = backward_step(cell, V, True), backward_reset(cell, V) if RESET else None
+    (step_panel, _), reset_panel = backward_step(cell, V, True), backward_reset(cell, V) if RESET else None
 
     @cached(f"{cell.name}-{dtype}", cell.step_backward)
     def contributions(arguments):

@@ -412,7 +412,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
     pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, SCALED)
     take_whole = _whole_adjoint(cell, dtype, mode) if WHOLE else None
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
-    step_panel = backward_step(cell, V, WHOLE)
+    _, step_panel = backward_step(cell, V, WHOLE)
     reset_panel = backward_reset(cell, V) if RESET else None
 
     @cached(f"{cell.name}-{dtype}-{mode}", cell.step_backward)

@@ -209,7 +209,7 @@ def _nothing(count, dtype):
 def _by_length(step, hold, V, *key):
     """Build what takes the step of a tile at time t: `step` for sequences that go on, `hold` for those that ended.
 
-    Both are loops over a panel from one number of a region to another; `shortest` is the least of `lengths`.
+    Both are loops over so many numbers of each region of a panel; `shortest` is the least of `lengths`.
     """
 
     @part(*key, forceinline=True)
@@ -217,9 +217,9 @@ def _by_length(step, hold, V, *key):
         size, rows = tile[1] * V, tile[3] if t < shortest else 1
         for b in range(0, tile[3], rows):
             if t < lengths[tile[2] + b]:
-                step(panel, b * size, (b + rows) * size)
+                step(panel[b * size :], rows * size)
             else:
-                hold(panel, b * size, (b + rows) * size)
+                hold(panel[b * size :], rows * size)
 
     return by_length
 
@@ -234,8 +234,8 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
     step, JOINT, KEEP, nothing, zeros = cell.step, cell.joint, keep, _nothing(G, dtype), (dtype.type(0),) * K
 
     @_loop(cell.name, dtype, keep)
-    def forward_step(panel, first, last):
-        for v in range(first, last):
+    def forward_step(panel, count):
+        for v in range(count):
             ax = take_gates(panel, v + (SUM if JOINT else AX), R)
             ah = nothing if JOINT else take_gates(panel, v + SUM, R)
             new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(panel, v + OLD, R))
@@ -244,8 +244,8 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
                 put_saved(panel, v + SAVED, R, partials)
 
     @_loop(cell.name, dtype, keep)
-    def forward_hold(panel, first, last):
-        for v in range(first, last):
+    def forward_hold(panel, count):
+        for v in range(count):
             put_states(panel, v + NEW, R, take_states(panel, v + OLD, R))
             put_saved(panel, v + SAVED, R, zeros)
 
@@ -260,15 +260,15 @@ def forward_reset(cell: Cell, dtype, V: int):
     take, put, put_kept = take_numbers(1), put_numbers(1), put_numbers(2)
 
     @_loop(cell.name, dtype)
-    def forward_reset(panel, first, last):
-        for v in range(first, last):
+    def forward_reset(panel, count):
+        for v in range(count):
             new, partials = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
             put(panel, v + NEW, R, (new,))
             put_kept(panel, v + SAVED, R, partials)
 
     @_loop(cell.name, dtype)
-    def reset_hold(panel, first, last):
-        for v in range(first, last):
+    def reset_hold(panel, count):
+        for v in range(count):
             put(panel, v + NEW, R, (zero,))
             put_kept(panel, v + SAVED, R, (zero, zero))
 
@@ -277,9 +277,10 @@ def forward_reset(cell: Cell, dtype, V: int):
 
 @cache
 def backward_step(cell: Cell, V: int, whole: bool):
-    """Build the same as `forward_step` for `step_backward`; where dL/dstate is not whole, its direct part is added.
+    """Build the loop of `step_backward` over a panel, and with it the same as `forward_step`.
 
-    Where a sequence has ended the state was held: so is its adjoint, and no weight has a share.
+    Where dL/dstate is not whole, its direct part is added. Where a sequence has ended the state was held: so is its
+    adjoint, and no weight has a share.
     """
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
     R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
@@ -289,8 +290,8 @@ def backward_step(cell: Cell, V: int, whole: bool):
     no_gates, no_peepholes = (0,) * len(cell.gates), (0,) * P
 
     @_loop(cell.name, V, whole)
-    def backward_step(panel, first, last):
-        for v in range(first, last):
+    def backward_step(panel, count):
+        for v in range(count):
             if not WHOLE:
                 put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
             da_x, da_h, dp, total, d_old = step_backward(
@@ -306,8 +307,8 @@ def backward_step(cell: Cell, V: int, whole: bool):
             put_states(panel, v + OLD, R, d_old)
 
     @_loop(cell.name, V, whole)
-    def backward_hold(panel, first, last):
-        for v in range(first, last):
+    def backward_hold(panel, count):
+        for v in range(count):
             put_gates(panel, v + DAX, R, no_gates)
             if not JOINT:
                 put_gates(panel, v + DAH, R, no_gates)
@@ -315,7 +316,7 @@ def backward_step(cell: Cell, V: int, whole: bool):
             put_states(panel, v + TOTAL, R, take_states(panel, v + NEW, R))
             put_states(panel, v + OLD, R, take_states(panel, v + NEW, R))
 
-    return _by_length(backward_step, backward_hold, V, "backward", cell.name, V, whole)
+    return backward_step, _by_length(backward_step, backward_hold, V, "backward", cell.name, V, whole)
 
 
 @cache
