@@ -158,6 +158,7 @@ class Bound(NamedTuple):
 
     @property
     def call(self) -> tuple[int, int]:
+        """What `perform` takes."""
         return self.code, self.frame
 
 
