@@ -26,7 +26,7 @@ def tidy(folder: Path) -> pd.DataFrame:
         for name, values in stored["results"].items():
             record = dict(zip(stored["result_columns"], values, strict=False))
             described = benchmarks.get(name, {})
-            names = described.get("param_names", [])
+            names = described.get("param_names") or [f"param{k}" for k in range(len(record["params"]))]
             combinations = itertools.product(*record["params"])
             for combination, value in zip(combinations, record["result"] or [], strict=False):
                 named = dict(zip(names, (text.strip("'") for text in combination), strict=False))

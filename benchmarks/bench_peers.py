@@ -2,7 +2,6 @@
 
 from rnnlab.compare import compare, worst_ratio
 from rnnlab.peers import PEERS, Problem
-from rnnlab.timing import usable_cores
 
 from . import shapes
 
@@ -24,7 +23,7 @@ class Peers:
         return self._ratio(cell, shape, "training")
 
     def _ratio(self, cell, shape, scope):
-        problem = Problem(shapes.size(cell, shape), scope, threads=usable_cores())
+        problem = Problem(shapes.size(cell, shape), scope)
         return worst_ratio(compare([problem], list(PEERS), seconds=1.0))
 
 

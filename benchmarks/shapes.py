@@ -36,7 +36,7 @@ def problem(cell, shape, dtype, device="cpu"):
         raise NotImplementedError(reason)
     steps, batch, inputs, hidden = SHAPES[shape]
     rng = np.random.default_rng(0)
-    net = rnnlab.Recurrent(cell, inputs, hidden, dtype=dtype, seed=0)
+    net = rnnlab.Recurrent(cell, inputs, hidden, dtype=dtype, device=device, seed=0)
     x = rng.normal(size=(steps, batch, inputs)).astype(dtype)
     d_output = rng.normal(size=(steps, batch, hidden)).astype(dtype)
     net.backward(net.forward(x), d_output)

@@ -14,9 +14,9 @@ __all__ = [
     "check_choice",
     "check_dtype",
     "check_flag",
+    "check_integer",
     "check_lengths",
     "check_number",
-    "check_positive",
     "generator",
 ]
 
@@ -125,10 +125,10 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def check_positive(name: str, value: Any) -> int:
-    """Return `value` if it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
 
 

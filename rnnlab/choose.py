@@ -3,18 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .checks import check_choice, check_number, check_positive, generator
+from .checks import check_choice, check_integer, check_number, generator
 from .costs import SCOPES, Shape, largest, layout, memory, parameters
 from .kernels import DeviceNotAvailable, backend
 from .kernels.simd import VECTOR_BYTES
-from .model import LAST, SequenceModel
+from .model import GENERATING, LAST, SequenceModel
 from .rnn import Recurrent
 from .timing import interleave, wall_clock
 
@@ -51,7 +51,7 @@ class Job:
         if self.device != "cpu":
             raise DeviceNotAvailable(f"device {self.device!r} cannot be used: rnnlab chooses for the CPU only")
         check_choice("scope", self.scope, SCOPES)
-        check_positive("output_size", self.output_size)
+        check_integer("output_size", self.output_size)
         self.shapes("lstm", 1)
 
     def shapes(self, cell: str, hidden_size: int) -> tuple[Shape, ...]:
@@ -89,7 +89,8 @@ class Job:
     def model(self, cell: str, hidden_size: int) -> SequenceModel:
         """Return such a model."""
         net = Recurrent(cell, self.input_size, hidden_size, self.num_layers, dtype=self.dtype, seed=0)
-        return SequenceModel(net, self.output_size, self.topology, "mse", seed=0)
+        forced = self.topology in GENERATING  # as `Task.model` trains it
+        return SequenceModel(net, self.output_size, self.topology, "mse", teacher_forcing=forced, seed=0)
 
     def call(self, model: SequenceModel, steps: int) -> Callable[[], Any]:
         """Return what is timed, on random sequences of so many steps."""
@@ -126,16 +127,17 @@ def choose(
         raise ValueError(f"choose takes most_parameters or most_seconds, got {most_parameters} and {most_seconds}")
     known, rows = evidence(job.topology), []
     for cell in cells:
+        seconds = cache(partial(job.seconds, cell))  # what is chosen by is what is shown
         if most_seconds is None:
-            size = largest(partial(job.parameters, cell), check_positive("most_parameters", most_parameters))
+            size = largest(partial(job.parameters, cell), check_integer("most_parameters", most_parameters))
         else:
             budget = check_number("most_seconds", most_seconds, 0, math.inf)
-            size = largest(partial(job.seconds, cell), budget, VECTOR_BYTES // np.dtype(job.dtype).itemsize)
+            size = largest(seconds, budget, VECTOR_BYTES // np.dtype(job.dtype).itemsize)
         row = {
             "cell": cell,
             "hidden_size": size,
             "parameters": job.parameters(cell, size),
-            "milliseconds": 1e3 * job.seconds(cell, size),
+            "milliseconds": 1e3 * seconds(size),
             "megabytes": job.bytes(cell, size) / 1e6,
         }
         found = known.loc[cell] if cell in known.index else pd.Series(index=known.columns, dtype=float)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -82,12 +84,27 @@ def _names(module: str, accepted: str) -> Callable[[click.Context, click.Paramet
     """Return the callback of an option that takes names of `rnnlab.module.accepted`, separated by commas."""
 
     def split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-        names, known = tuple(value.split(",")), tuple(getattr(importlib.import_module(f"rnnlab.{module}"), accepted))
+        names, known = (
+            tuple(dict.fromkeys(value.split(","))),
+            tuple(getattr(importlib.import_module(f"rnnlab.{module}"), accepted)),
+        )
         if unknown := [name for name in names if name not in known]:
             raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}")
         return names
 
     return split
+
+
+def _print_json(frame: Any, **more: Any) -> None:
+    """Print one JSON object: the rows of a table, `more` and the environment; what is not a number is null."""
+    from .study import provenance
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = [{name: plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+    more = {name: plain(value) for name, value in more.items()}
+    click.echo(json.dumps({"rows": rows, **more, "environment": provenance()}, allow_nan=False))
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -129,6 +146,7 @@ def compare(
     SHAPES are reference (= small, medium and large), deepbench, or T,B,I,H. Each implementation is checked against
     float64 before it is timed. Exit 1: below --at-least, or wrong; 2: usage; 3: a device is not there.
     """
+    import pandas as pd
     from tqdm import tqdm
 
     from . import compare as comparison
@@ -140,27 +158,29 @@ def compare(
     if threads > usable_cores():
         raise click.BadParameter(f"this process may use {usable_cores()} cores, got {threads}", param_hint="--threads")
     try:
-        todo = comparison.problems(cells, shapes, devices, dtypes, scope, threads)
+        todo = comparison.problems(cells, shapes, devices, dtypes, scope)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--shapes") from error
+        raise click.UsageError(str(error)) from error
+    for option, file in (("--csv", csv_file), ("--plot", plot)):
+        if file is not None and not os.access(file.parent, os.W_OK):
+            raise click.BadParameter(f"cannot write in {file.parent}", param_hint=option)
     if not pin(threads):
         # Libraries count their threads when they are imported, and some already are: start again in a new process.
         command = [sys.executable, "-m", "rnnlab.cli", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=os.environ | thread_environment(threads)).returncode)
     try:
         bar = partial(tqdm, desc="compare", disable=no_progress or None)
-        frame = comparison.compare(todo, peers, seconds=seconds, progress=bar)
+        keep = None if csv_file is None else partial(pd.DataFrame.to_csv, path_or_buf=csv_file, index=False)
+        frame = comparison.compare(todo, peers, seconds=seconds, progress=bar, keep=keep)
     except DeviceNotAvailable as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(3)
     worst = comparison.worst_ratio(frame)
     if as_json:
-        rows = json.loads(frame.to_json(orient="records"))
-        click.echo(json.dumps({"rows": rows, "worst_ratio": worst, "environment": provenance()}))
+        _print_json(frame, worst_ratio=worst)
     else:
         click.echo(comparison.table(frame))
     if csv_file:
-        frame.to_csv(csv_file, index=False)
         csv_file.with_suffix(".manifest.json").write_text(json.dumps(provenance(), indent=2) + "\n")
     if plot:
         comparison.draw(frame).savefig(plot, bbox_inches="tight", dpi=150)
@@ -205,7 +225,6 @@ def choose(
     """
     from . import choose as choosing
     from .kernels import DeviceNotAvailable
-    from .study import provenance
 
     try:
         job = choosing.Job(task_like, length, inputs, outputs, batch, layers, scope, dtype, device)
@@ -217,8 +236,7 @@ def choose(
         click.echo(f"Error: {error}", err=True)
         sys.exit(3)
     if as_json:
-        rows = json.loads(frame.to_json(orient="records"))
-        click.echo(json.dumps({"rows": rows, "environment": provenance()}))
+        _print_json(frame)
     else:
         click.echo(choosing.words(job, frame))
 

@@ -82,6 +82,8 @@ class ClippingRule:
             raise ValueError(f"{type(self).__name__} acts within BPTT: see clipped_gradients")
         if weights is None and self.kind == ADAPTIVE:
             raise ValueError("weights must be the parameters for Adaptive, got None")
+        if weights is not None and weights.shapes != gradient.shapes:
+            raise ValueError(f"weights must be those of the gradient, {gradient!r}, got {weights!r}")
         result, figures = gradient.like(), np.zeros(4)
         result.flat[...] = gradient.flat
         given = (gradient if weights is None else weights).flat, self.ends(gradient), self.kind, float(self.threshold)
@@ -188,10 +190,11 @@ def energy_removed(
     Step k adds C_k = Σ_b dL/da_k [x_k, 1]ᵀ to the gradients of the first layer; the share is 1 − ‖C'_k‖² / ‖C_k‖², C'_k
     being what it adds with the rule (a rule for the whole gradient scales each element of every C_k as it scales that
     of their sum). NaN where C_k is zero; negative where clipping a later step made an earlier one grow. For networks
-    with biases in one direction; raises ValueError for others.
+    with biases in one direction whose inputs are given; raises ValueError for others.
     """
-    if model.rnn.bidirectional or not model.rnn.bias:
-        raise ValueError(f"model must have biases and one direction, got {model.rnn!r}")
+    if model.generates or model.rnn.bidirectional or not model.rnn.bias:
+        got = f"{model.topology} of {model.rnn!r}"
+        raise ValueError(f"model must have biases, one direction and inputs that are given, got {got}")
     before = model.loss_and_gradients(x, targets, lengths).params
     x = x if lengths is None else np.where(past_end(lengths, x), x.dtype.type(0), x)
     # A network that reads W_ih x in place of x, through the identity: its dL/dx is dL/da.

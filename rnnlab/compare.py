@@ -1,6 +1,7 @@
 """Our kernels against the peers: the same problems, checked, interleaved, as one tidy table."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from .checks import check_choice
 from .costs import Shape, arithmetic, memory, roofline_seconds, traffic
-from .kernels import backend
+from .kernels import backend, threads
 from .peers import PEERS, NotApplicable, Problem, Run, prepare_rnnlab, tolerance, worst_error
 from .plots import bars, caption, panels, roofline
 from .timing import Seconds, bandwidth, cuda_clock, interleave, peak_flops, ratio, wall_clock
@@ -34,6 +35,10 @@ DEEPBENCH = {
 
 #: The columns that name a problem.
 _PROBLEM = ("cell", "steps", "batch", "input_size", "hidden_size", "scope", "dtype", "device", "threads")
+
+#: Columns of what was timed.
+_TIME, _RATIO = ("milliseconds", "low_milliseconds", "high_milliseconds"), ("ratio", "low_ratio", "high_ratio")
+_MEASURED = (*_TIME, "peak_share", *_RATIO)
 
 #: Visits among which the rounds of a problem are split, and the bytes that problems may hold between them.
 VISITS, GROUP_BYTES = 8, 2**30
@@ -69,15 +74,21 @@ def problems(
     devices: Sequence[str],
     dtypes: Sequence[str],
     scope: str,
-    threads: int,
 ) -> list[Problem]:
-    """Return every combination, shape by shape."""
-    return [
-        Problem(shape, scope, dtype, device, threads)
+    """Return every combination, dtype by dtype and shape by shape; tf32, bf16 and fp16 on a GPU only.
+
+    Raises ValueError where nothing is left.
+    """
+    found = [
+        Problem(shape, scope, dtype, device)
+        for dtype in dtypes
         for shape in shapes(names, cells)
         for device in devices
-        for dtype in dtypes
+        if device == "cuda" or dtype in ("float32", "float64")
     ]
+    if not found:
+        raise ValueError(f"dtypes must hold float32 or float64 on the CPU, got {', '.join(dtypes)}")
+    return found
 
 
 def compare(
@@ -86,12 +97,14 @@ def compare(
     *,
     seconds: float = 2.0,
     progress: Callable[..., Any] | None = None,
+    keep: Callable[[pd.DataFrame], object] | None = None,
 ) -> pd.DataFrame:
     """Measure rnnlab and `peers` on every problem and return one row a problem and implementation.
 
     Every implementation is first checked against our float64 result; one that is wrong is not timed. `seconds` is the
     time of the interleaved rounds of one problem. A machine is slower for seconds at a time: the rounds are split into
-    visits, between which the other problems have their turn. `progress` makes a tqdm-like bar.
+    visits, between which the other problems have their turn. `progress` makes a tqdm-like bar; `keep` is given the
+    table whenever there is more of it.
 
     Columns: the problem (cell, steps, batch, input_size, hidden_size, scope, dtype, device, threads); implementation;
     status ("ok", or why there is no time); error (relative, against float64) and tolerance; milliseconds with
@@ -103,8 +116,9 @@ def compare(
     """
     for name in peers:
         check_choice("peers", name, PEERS)
-    limits: dict[tuple[str, str, int], tuple[float, float]] = {}
+    limits: dict[tuple[str, str], tuple[float, float]] = {}
     rows: list[Row] = []
+    frame = pd.DataFrame()
     with (progress or partial(tqdm, disable=True))(total=len(todo)) as bar:
         for group in _groups(todo):
             checked = [_check(problem, peers) for problem in group]
@@ -117,28 +131,32 @@ def compare(
                         visits[name].append(spent)
                     bar.update(visit == VISITS - 1)
             for problem, (_, status, errors), visits in zip(group, checked, times, strict=True):
-                key = (problem.device, problem.dtype, problem.threads)
+                key = (problem.device, problem.dtype)
                 if key not in limits:
                     limits[key] = _limits(*key)
                 rows += _rows(problem, status, errors, visits, limits[key])
-    return pd.DataFrame(rows)
+            frame = pd.DataFrame(rows)
+            frame = frame.reindex(columns=frame.columns.union(list(_MEASURED), sort=False))  # where nothing was timed
+            if keep is not None:
+                keep(frame)
+    return frame
 
 
-def _limits(device: str, dtype: str, threads: int) -> tuple[float, float]:
+def _limits(device: str, dtype: str) -> tuple[float, float]:
     """Return FLOP/s and bytes/s: measured on the CPU, on a GPU what it is built for."""
     if device == "cuda":
         built_for: tuple[float, float] = backend("cuda").limits(dtype)
         return built_for
-    return peak_flops(dtype, threads), bandwidth(threads)
+    return peak_flops(dtype, threads()), bandwidth(threads())
 
 
 def _groups(todo: Sequence[Problem]) -> Iterator[list[Problem]]:
-    """Cut the problems into groups whose implementations fit into memory together."""
+    """Cut the problems into groups of one dtype, which PyTorch sets for all, that fit into memory together."""
     group: list[Problem] = []
     held = 0
     for problem in todo:
         size = memory(problem.shape, problem.storage).total
-        if group and held + size > GROUP_BYTES:
+        if group and (held + size > GROUP_BYTES or problem.dtype != group[0].dtype):
             yield group
             group, held = [], 0
         group.append(problem)
@@ -151,7 +169,7 @@ def _check(
     problem: Problem, peers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
     """Return what can be timed, the status of every implementation, and the error of each that ran."""
-    reference = _first(prepare_rnnlab(Problem(problem.shape, problem.scope, "float64", seed=problem.seed)))
+    reference = _first(prepare_rnnlab(replace(problem, dtype="float64", device="cpu")))
     runs: dict[str, Callable[[], Any]] = {}
     status: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -191,7 +209,7 @@ def _rows(
             "scope": problem.scope,
             "dtype": problem.dtype,
             "device": problem.device,
-            "threads": problem.threads,
+            "threads": threads(),
             "implementation": name,
             "status": status[name],
             "error": errors.get(name),
@@ -199,9 +217,7 @@ def _rows(
         }
         if name in times:
             spent = pd.Series(np.concatenate(times[name])).quantile([0.5, 0.25, 0.75]).tolist()
-            row |= dict(
-                zip(("milliseconds", "low_milliseconds", "high_milliseconds"), (1e3 * s for s in spent), strict=True)
-            )
+            row |= dict(zip(_TIME, (1e3 * s for s in spent), strict=True))
             row |= {
                 "flops_per_byte": flops / moved,
                 "gflops_per_second": flops / spent[0] * 1e-9,
@@ -212,7 +228,7 @@ def _rows(
             }
         if name in times and "rnnlab" in times:
             paired = ratio(*(np.array([np.median(spent) for spent in times[who]]) for who in ("rnnlab", name)))
-            row |= {"ratio": paired.median, "low_ratio": paired.low, "high_ratio": paired.high}
+            row |= dict(zip(_RATIO, paired, strict=True))
         yield row
 
 
@@ -227,14 +243,9 @@ def fastest(frame: pd.DataFrame) -> pd.DataFrame:
     Problems without any timed peer have NaN there.
     """
     key = list(_PROBLEM)
-    ours = frame[frame["implementation"] == "rnnlab"].drop(
-        columns=["ratio", "low_ratio", "high_ratio"], errors="ignore"
-    )
-    others = frame[(frame["implementation"] != "rnnlab") & (frame["status"] == "ok")]
-    if others.empty:
-        return ours.assign(peer=None, ratio=float("nan"), low_ratio=float("nan"), high_ratio=float("nan"))
-    best = others.loc[others.groupby(key, sort=False)["ratio"].idxmin()]
-    best = best[[*key, "implementation", "ratio", "low_ratio", "high_ratio"]]
+    ours = frame[frame["implementation"] == "rnnlab"].drop(columns=list(_RATIO))
+    others = frame[(frame["implementation"] != "rnnlab") & frame["ratio"].notna()]
+    best = others.sort_values("ratio").drop_duplicates(key)[[*key, "implementation", *_RATIO]]
     return ours.merge(best.rename(columns={"implementation": "peer"}), on=key, how="left")
 
 
@@ -283,12 +294,14 @@ def table(frame: pd.DataFrame) -> str:
 def draw(frame: pd.DataFrame) -> Figure:
     """Return the figure: bars of each peer's ratio to us, and every implementation under the machine's roofline."""
     label = [f"{cell} {T},{B},{I},{H}" for cell, T, B, I, H in frame[list(_PROBLEM[:5])].itertuples(index=False)]
-    frame = frame.assign(problem=label)[frame["status"] == "ok"]
+    frame = frame.assign(problem=label, arithmetic=frame["device"] + " " + frame["dtype"])[frame["status"] == "ok"]
+    if frame["arithmetic"].nunique() > 1:
+        frame["problem"] += " " + frame["arithmetic"]
     figure, axes = panels(1, 2, (15, 2 + 0.28 * frame["problem"].nunique()))
     bars(axes[0], frame[frame["implementation"] != "rnnlab"], y="problem", x="ratio", hue="implementation", unit=1.0)
     axes[0].set(xlabel="peer's time / ours (above 1 we are faster)", ylabel="cell T,B,I,H")
-    roofline(axes[1], frame, hue="implementation")
-    first = frame.iloc[0]
-    text = "{scope}, {dtype}, {device}, {threads} threads; medians of interleaved rounds".format(**first)
+    roofline(axes[1], frame, hue="implementation", device="arithmetic")
+    kinds = "; ".join(frame["arithmetic"].unique())
+    text = "{scope}; {kinds}; {threads} threads; medians of interleaved rounds".format(**frame.iloc[0], kinds=kinds)
     caption(figure, "rnnlab beside its peers", text)
     return figure

@@ -213,7 +213,7 @@ def _horizon(setting: Setting, model: SequenceModel) -> dict[str, float]:
     if model.topology not in LAST:
         targets = targets[(np.full(count, len(part.x)) if part.lengths is None else part.lengths) - 1, np.arange(count)]
     steps = gradient_flow(model, part.x, targets, lengths=part.lengths).decay("h", resamples=1).horizon
-    return {"horizon_steps": steps, "horizon_in_lengths": min(1.0, steps / setting.steps)}
+    return {"horizon_steps": steps, "horizon_in_lengths": float(np.minimum(1.0, steps / setting.steps))}
 
 
 def _some(part: Part, count: int, loss: str) -> Part:

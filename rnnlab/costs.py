@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .cells import CELLS, Cell
-from .checks import check_choice, check_positive
+from .checks import check_choice, check_integer
 from .model import TOPOLOGIES
 
 __all__ = [
@@ -52,9 +52,9 @@ class Shape:
     def __post_init__(self) -> None:
         check_choice("cell", self.cell, CELLS)
         for name in ("steps", "batch", "input_size", "hidden_size", "num_layers"):
-            check_positive(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
         if self.output_size:
-            check_positive("output_size", self.output_size)
+            check_integer("output_size", self.output_size)
 
     @property
     def readout(self) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def memory(
     check_choice("scope", scope, SCOPES)
     T, B, H, training = shape.steps, shape.batch, shape.hidden_size, scope == "training"
     every = T if checkpoint is None else math.isqrt(T - 1) + 1 if checkpoint == "sqrt" else checkpoint
-    check_positive("checkpoint", every)
+    check_integer("checkpoint", every)
     segments = -(-T // every)
     kept = 0
     for cell, _ in shape.layers:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import check_choice, check_dtype, check_positive, generator
+from .checks import check_choice, check_dtype, check_integer, generator
 
 __all__ = [
     "ORIGINS",
@@ -243,7 +243,7 @@ def sample(
     """
     if name not in SAMPLERS:
         raise ValueError(f"name must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    steps, batch = check_positive("steps", steps), check_positive("batch", batch)
+    steps, batch = check_integer("steps", steps), check_integer("batch", batch)
     if name == "hourly_temperatures" and steps >= len(hourly_temperatures().values):
         raise ValueError(f"steps must be below {len(hourly_temperatures().values)} for {name}, got {steps}")
     dtype = check_dtype("dtype", dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_choice, check_positive
+from .checks import check_choice, check_integer
 from .kernels import LayerGradients
 from .model import SequenceModel
 from .rnn import Recurrent, State, Trace
@@ -299,7 +299,7 @@ def decay(
     low = high = float("nan")
     if samples > 1 and np.isfinite(rate):
         rng = np.random.default_rng(seed)
-        picks = rng.integers(samples, size=(check_positive("resamples", resamples), samples))
+        picks = rng.integers(samples, size=(check_integer("resamples", resamples), samples))
         slopes = [_slope(_quantile(log_norms[pick, start:], 0.5)) for pick in picks]
         low, high = np.nanquantile(slopes, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     return Decay(rate, low, high, _horizon(median) if np.isfinite(rate) else float("nan"))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import check_array, check_positive
+from .checks import check_array, check_integer
 from .kernels import cpu
 from .kernels.team import empty, run_together
 from .rnn import Recurrent, State
@@ -28,7 +28,7 @@ class Inference:
     def __init__(self, net: Recurrent, steps: int, batch: int) -> None:
         if net.device != "cpu":
             raise ValueError(f"net must be on the CPU, got {net!r}")
-        self.net, self.steps, self.batch = net, check_positive("steps", steps), check_positive("batch", batch)
+        self.net, self.steps, self.batch = net, check_integer("steps", steps), check_integer("batch", batch)
         S, T, B, lengths = len(net.cell.states), self.steps, self.batch, np.full(self.batch, self.steps)
         start, self._calls = np.zeros((S, B, net.hidden_size), net.dtype), []
         for k in range(net.num_layers * net.directions):

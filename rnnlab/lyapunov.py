@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .cells import Cell
-from .checks import check_array, check_positive, generator
+from .checks import check_array, check_integer, generator
 from .kernels import backend
 from .rnn import Recurrent, State
 
@@ -32,8 +32,8 @@ class Lyapunov:
 
     exponents (k,): nats per step, descending; −∞ where J is singular to float64's precision. error (k,): half the
     difference of the averages over the first and the second half of the steps. dimension: Kaplan & Yorke (1979).
-    entropy: the sum of the positive exponents, nats per step, an upper bound on the entropy rate (Pesin). Both are NaN
-    where the k leading exponents do not settle them. interval: steps from one QR decomposition to the next.
+    entropy: the sum of the positive exponents, nats per step, an upper bound on the entropy rate (Ruelle 1978). Both
+    are NaN where the k leading exponents do not settle them. interval: steps from one QR decomposition to the next.
     """
 
     exponents: Floats
@@ -74,18 +74,18 @@ def lyapunov_spectrum(
     """
     if net.bidirectional or net.device != "cpu":
         raise ValueError(f"net must run in one direction on the CPU, got {net!r}")
-    total = check_positive("steps", steps) + (check_positive("transient", transient) if transient != 0 else 0)
+    total = check_integer("steps", steps) + check_integer("transient", transient, least=0)
     x = np.zeros((total, 1, net.input_size), net.dtype) if x is None else x
     x = check_array("x", x, ("T", 1, net.input_size), net.dtype)
     if len(x) < total:
         raise ValueError(f"x must have at least transient + steps = {total} steps, got {len(x)}")
     shape = net.num_layers, len(net.cell.states), net.hidden_size
     size = math.prod(shape)
-    count = size if exponents is None else check_positive("exponents", exponents)
+    count = size if exponents is None else check_integer("exponents", exponents)
     if count > size:
         raise ValueError(f"exponents must be at most the size of the state, {size}, got {exponents!r}")
     if interval is not None:
-        check_positive("interval", interval)
+        check_integer("interval", interval)
     if state is None:
         drawn = generator(seed, "state").normal(size=(shape[1], shape[0], 1, shape[2])).astype(net.dtype)
         state = net.unstack_state(drawn)

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit
 
-from .checks import check_positive, generator
+from .checks import check_integer, generator
 from .gradients import align, check_adjoint, log_norm, run_to_loss
 from .kernels import backend
 from .model import SequenceModel
@@ -122,7 +122,7 @@ def gate_statistics(net: Recurrent, x: Array, *, lengths: Any = None, state: Sta
     for k, of_layer in enumerate(gates(net, x, lengths=lengths, state=state)):
         for gate, all_steps in of_layer.items():
             a = all_steps[~np.isnan(all_steps).all(axis=-1)].astype(np.float64)
-            low, median, high = expit(np.quantile(a, [0.1, 0.5, 0.9], axis=0))  # σ keeps the order
+            low, median, high = np.quantile(expit(a), [0.1, 0.5, 0.9], axis=0)
             saturated = expit(a) * expit(-a) < 0.01
             with np.errstate(divide="ignore"):
                 scale = -1 / log_expit(a).mean(axis=0) if gate in ("f", "z") else np.nan
@@ -162,7 +162,7 @@ def survival(
     """
     trace = net.forward(x, state, lengths)
     (T, B, _), H, S = trace.output.shape, net.hidden_size, len(net.cell.states)
-    rng, count = generator(seed, "survival"), check_positive("probes", probes)
+    rng, count = generator(seed, "survival"), check_integer("probes", probes)
     nothing, exponent = np.zeros((T, B, H), net.dtype), np.zeros((T, B), np.int64)
     found: list[dict[tuple[str, str], Floats]] = []
     for k, layer in enumerate(trace.layers):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .checks import check_array, check_choice, check_flag, check_lengths, check_positive, generator
+from .checks import check_array, check_choice, check_flag, check_integer, check_lengths, generator
 from .losses import LOSSES, Loss
 from .params import Params
 from .rnn import Checkpoints, Gradients, Recurrent, State, Trace
@@ -71,7 +71,7 @@ class SequenceModel:
         if not isinstance(rnn, Recurrent):
             raise TypeError(f"rnn must be a Recurrent network, got {type(rnn).__name__}")
         self.rnn = rnn
-        self.output_size = check_positive("output_size", output_size)
+        self.output_size = check_integer("output_size", output_size)
         self.topology = check_choice("topology", topology, TOPOLOGIES)
         self.loss_name = check_choice("loss", loss, LOSSES)
         self.teacher_forcing = check_flag("teacher_forcing", teacher_forcing)
@@ -127,8 +127,8 @@ class SequenceModel:
         errors are those of `Recurrent.forward`.
         """
         if self.generates:
-            start, _ = self._start(x, lengths, state, False)
-            run = self._generate(*start, check_positive("steps", steps), keep=False)
+            start, _ = self._start(x, lengths, state, training=False, keep=False)
+            run = self._generate(*start, check_integer("steps", steps), keep=False)
             return self.loss.activation(np.concatenate([self.read(part.output) for part in run])), run[-1].final
         if steps is not None:
             raise ValueError(f"steps belongs to one_to_many and encoder_decoder, got it for {self.topology}")
@@ -173,7 +173,8 @@ class SequenceModel:
         if clip is not None and self.generates:
             raise ValueError(f"clipping within BPTT needs inputs that are given, got topology {self.topology}")
         if checkpoint is not None and (self.generates or (training and self.rnn.dropout)):
-            raise ValueError(f"checkpoint needs inputs that are given and no dropout, got topology {self.topology}")
+            got = f"{self.topology} of {self.rnn!r}"
+            raise ValueError(f"checkpoint needs inputs that are given and no dropout, got {got}")
         if self.generates:
             return self._generating_gradients(x, targets, lengths, target_lengths, state, training)
         if target_lengths is not None:
@@ -226,7 +227,7 @@ class SequenceModel:
             raise ValueError("truncated needs states that are carried forward, got a bidirectional rnn")
         x = check_array("x", x, ("T", "B", self.rnn.input_size), self.rnn.dtype)
         targets = self.check_targets(targets, np.ones(x.shape[:2], np.bool_))
-        return self._windows(x, targets, check_positive("window", window), state)
+        return self._windows(x, targets, check_integer("window", window), state)
 
     def _windows(self, x: Array, targets: Array, window: int, state: State | None) -> Iterator[LossGradients]:
         for start in range(0, len(x), window):
@@ -309,7 +310,7 @@ class SequenceModel:
     # Topologies that read their own outputs --------------------------------------------------------------------------
 
     def _start(
-        self, x: Array, lengths: Any, state: State | None, training: bool
+        self, x: Array, lengths: Any, state: State | None, *, training: bool, keep: bool = True
     ) -> tuple[tuple[Recurrent, Array, State | None], Trace | None]:
         """Return the network that generates, its first input and its first state; and the trace of an encoder."""
         if self.decoder is None:
@@ -320,7 +321,7 @@ class SequenceModel:
                 raise ValueError("lengths belongs to topologies with several inputs, got it for one_to_many")
             self.rnn.stack_state("state", state, x.shape[1])
             return (self.rnn, x, state), None
-        trace = self.rnn.forward(x, state, lengths, training=training)
+        trace = self.rnn.forward(x, state, lengths, training=training, keep=keep)
         return (self.decoder, np.zeros((1, x.shape[1], self.output_size), self.rnn.dtype), trace.final), trace
 
     def _generate(
@@ -344,7 +345,7 @@ class SequenceModel:
     def _generating_gradients(
         self, x: Array, targets: Array, lengths: Any, target_lengths: Any, state: State | None, training: bool
     ) -> LossGradients:
-        (network, source, carried), trace = self._start(x, lengths, state, training)
+        (network, source, carried), trace = self._start(x, lengths, state, training=training)
         if not isinstance(targets, np.ndarray) or targets.ndim < 2 or targets.shape[0] < 1:
             raise ValueError(f"targets must have shape (T', {x.shape[1]}, …), got {_describe(targets)}")
         steps, B = targets.shape[0], x.shape[1]

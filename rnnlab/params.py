@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cells import Cell
-from .checks import check_array, check_choice, check_number, check_positive
+from .checks import check_array, check_choice, check_integer, check_number
 
 __all__ = ["INITIALISERS", "Params", "initialise", "layer_shapes"]
 
@@ -33,7 +33,7 @@ class Params(Mapping[str, Array]):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shapes": {name: array.shape for name, array in self.items()}, "flat": self.flat.copy()}
+        return {"shapes": self.shapes, "flat": self.flat.copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["shapes"], state["flat"].dtype)  # type: ignore[misc]
@@ -54,8 +54,13 @@ class Params(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._arrays)
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each array."""
+        return {name: array.shape for name, array in self.items()}
+
     def __repr__(self) -> str:
-        return f"Params({', '.join(f'{name}: {array.shape}' for name, array in self.items())})"
+        return f"Params({', '.join(f'{name}: {shape}' for name, shape in self.shapes.items())})"
 
     @classmethod
     def join(cls, parts: Mapping[str, "Params"]) -> "Params":
@@ -78,7 +83,7 @@ class Params(Mapping[str, Array]):
 
     def like(self) -> "Params":
         """Return parameters of the same names and shapes, all zero."""
-        return Params({name: array.shape for name, array in self.items()}, self.flat.dtype)
+        return Params(self.shapes, self.flat.dtype)
 
 
 def layer_shapes(cell: Cell, input_size: int, hidden_size: int, bias: bool = True) -> dict[str, Shape]:
@@ -178,7 +183,7 @@ def initialise(
             raise ValueError(f"{name} needs a cell with a forget or update gate and biases, got {cell.name!r}")
     if forget_bias is not None and chrono is not None:
         raise ValueError("forget_bias and chrono set the same bias: give one of them")
-    if chrono is not None and check_positive("chrono", chrono) < 3:
+    if chrono is not None and check_integer("chrono", chrono) < 3:
         raise ValueError(f"chrono must be a longest dependency of at least 3 steps, got {chrono!r}")
     for layer in layers:
         hidden_size = layer["weight_hh"].shape[1]

@@ -1,5 +1,6 @@
 """Tidy tables to figures; nothing is computed here."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,21 +201,22 @@ def relief(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, height: str) -> Any
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float) -> None:
     """Draw horizontal bars on a logarithmic axis, and the line where `x` is `unit`."""
-    sns.barplot(frame, x=x, y=y, hue=hue, ax=ax, palette="colorblind")
+    sns.barplot(frame, x=x, y=y, hue=hue, ax=ax, palette="colorblind", errorbar=None)
     ax.set_xscale("log")
     ax.axvline(unit, color="k", linewidth=1)
 
 
-def roofline(ax: Axes, frame: pd.DataFrame, *, hue: str) -> None:
-    """Draw GFLOP/s against FLOPs per byte, under the measured peak and bandwidth (Williams et al. 2009)."""
-    sns.scatterplot(
-        frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette="colorblind"
-    )
-    peak, bandwidth = frame["peak_gflops_per_second"].iloc[0], frame["bandwidth_gbytes_per_second"].iloc[0]
-    ax.axhline(peak, color="k", linewidth=1)
-    ax.axline((1, bandwidth), (10, 10 * bandwidth), color="k", linewidth=1, linestyle="--")
+def roofline(ax: Axes, frame: pd.DataFrame, *, hue: str, device: str) -> None:
+    """Draw GFLOP/s against FLOPs per byte, under each device's measured peak and bandwidth (Williams et al. 2009)."""
+    sns.scatterplot(frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette=PALETTE)
+    limits = []
+    for colour, (name, part) in zip(itertools.cycle(("k", "0.6")), frame.groupby(device), strict=False):
+        peak, bandwidth = part[["peak_gflops_per_second", "bandwidth_gbytes_per_second"]].median()
+        ax.axhline(peak, color=colour, linewidth=1)
+        ax.axline((1, bandwidth), (10, 10 * bandwidth), color=colour, linewidth=1, linestyle="--")
+        limits.append(f"{name}: peak {peak:.0f} GFLOP/s, memory {bandwidth:.0f} GB/s")
     ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
-    ax.set_title(f"measured peak {peak:.0f} GFLOP/s (solid), memory {bandwidth:.0f} GB/s (dashed)")
+    ax.set_title("\n".join(limits), fontsize=10)
     ax.legend(fontsize=8)
 
 

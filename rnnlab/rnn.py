@@ -14,9 +14,9 @@ from .checks import (
     check_choice,
     check_dtype,
     check_flag,
+    check_integer,
     check_lengths,
     check_number,
-    check_positive,
     generator,
 )
 from .kernels import DEVICES, LayerGradients, LayerTrace, LayerWeights, backend
@@ -103,9 +103,9 @@ class Recurrent:
         seed: int | None = None,
     ) -> None:
         self.cell = CELLS[check_choice("cell", cell, CELLS)]
-        self.input_size = check_positive("input_size", input_size)
-        self.hidden_size = check_positive("hidden_size", hidden_size)
-        self.num_layers = check_positive("num_layers", num_layers)
+        self.input_size = check_integer("input_size", input_size)
+        self.hidden_size = check_integer("hidden_size", hidden_size)
+        self.num_layers = check_integer("num_layers", num_layers)
         self.bias, self.bidirectional = check_flag("bias", bias), check_flag("bidirectional", bidirectional)
         self.dropout = check_number("dropout", dropout, 0, 1)
         self.dtype = check_dtype("dtype", dtype)
@@ -243,9 +243,10 @@ class Recurrent:
     def gradients(
         self, run: Trace | Checkpoints, d_output: Array | None, d_final: State | None = None, clip: Any = None
     ) -> Gradients:
-        """Do what `backward` or `recompute` does, unchecked: a network that has diverged has NaN.
+        """Do what `backward` does, unchecked: a network that has diverged has NaN. `clip` is that of `backpropagate`.
 
-        `clip` is that of `backpropagate`.
+        Between checkpoints states are computed again: gradients are the same to the last bit, but `h` and `c`, which
+        would take as much memory, are empty.
         """
         if isinstance(run, Checkpoints):
             return self._gradients_between(run, d_output, d_final, clip)
@@ -309,7 +310,7 @@ class Recurrent:
         every: int | Literal["sqrt"] = "sqrt",
         outputs: bool = True,
     ) -> Checkpoints:
-        """Run the network as `forward` does, keeping the states of every so many steps only, for `recompute`.
+        """Run the network as `forward` does, keeping the states of every so many steps only, for `gradients`.
 
         `every` is that number of steps, "sqrt" for ⌈√T⌉ (Chen et al. 2016, sec. 3); it is rounded up to what the
         kernels take at a time, so that gradients are those of `backward` to the last bit (on a GPU, which
@@ -321,7 +322,7 @@ class Recurrent:
             raise ValueError("checkpoint needs states that are carried forward, got a bidirectional network")
         x, initial, steps = self._check_inputs(x, state, lengths)
         T, B, _ = x.shape
-        wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_positive("every", every)
+        wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_integer("every", every)
         chunk = backend(self.device).chunk_steps(B)
         stride = -(-wanted // chunk) * chunk
         states, output = [initial], np.empty((T if outputs else 0, B, self.hidden_size), x.dtype)
@@ -332,19 +333,6 @@ class Recurrent:
             if outputs:
                 output[part] = trace.output
         return Checkpoints(x, steps, stride, states, output if outputs else None, self.unstack_state(states[-1]))
-
-    def recompute(
-        self, checkpoints: Checkpoints, d_output: Array | None = None, d_final: State | None = None
-    ) -> Gradients:
-        """Backpropagate through time from dL/doutput and dL/dfinal (zeros where None), recomputing between checkpoints.
-
-        Gradients are those of `backward` to the last bit; `h` and `c`, which would take as much memory, are empty.
-        """
-        T, B, _ = checkpoints.x.shape
-        if d_output is not None:
-            d_output = check_array("d_output", d_output, (T, B, self.hidden_size), self.dtype)
-        self.stack_state("d_final", d_final, B)
-        return self.gradients(checkpoints, d_output, d_final)
 
     def _gradients_between(
         self, run: Checkpoints, d_output: Array | None, d_final: State | None, clip: Any
@@ -401,8 +389,10 @@ class Recurrent:
             inputs = self.params[layer["weight_ih"]].shape[1]
             if kept.cell != self.cell.name or kept.state.shape[3] != self.hidden_size or kept.x.shape[2] != inputs:
                 raise ValueError(f"trace must be one of {self!r}, got one of {kept.cell} with state {kept.state.shape}")
-        if len(trace.layers) != len(self._names) or trace.output.dtype != self.dtype:
-            raise ValueError(f"trace must be one of {self!r}, got {len(trace.layers)} layers of {trace.output.dtype}")
+        width = self.directions * self.hidden_size
+        if len(trace.layers) != len(self._names) or trace.output.dtype != self.dtype or trace.output.shape[2] != width:
+            got = f"{len(trace.layers)} layers of {trace.output.dtype}, with output {trace.output.shape}"
+            raise ValueError(f"trace must be one of {self!r}, got {got}")
         if not trace.kept:
             raise ValueError("trace must come from forward(…, keep=True), got one made with keep=False")
 

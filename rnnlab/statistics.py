@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, t
 
-from .checks import check_number, check_positive
+from .checks import check_integer, check_number
 
 __all__ = ["bootstrap", "columns", "t_interval", "wilson"]
 
@@ -17,7 +17,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 
     Raises ValueError for no trials, more successes than trials and a confidence outside (0, 1).
     """
-    check_positive("trials", trials)
+    check_integer("trials", trials)
     if isinstance(successes, bool) or not isinstance(successes, int | np.integer) or not 0 <= successes <= trials:
         raise ValueError(f"successes must be an integer in 0…{trials}, got {successes!r}")
     interval = binomtest(int(successes), int(trials)).proportion_ci(_confidence(confidence), method="wilson")
@@ -39,7 +39,7 @@ def bootstrap(
     """
     sample = _sample(values)
     rng, tail = np.random.default_rng(seed), (1 - _confidence(confidence)) / 2
-    picks = rng.integers(sample.size, size=(check_positive("resamples", resamples), sample.size))
+    picks = rng.integers(sample.size, size=(check_integer("resamples", resamples), sample.size))
     low, high = np.quantile(statistic(sample[picks], axis=1), [tail, 1 - tail]) if sample.size > 1 else (np.nan, np.nan)
     return float(statistic(sample, axis=0)), float(low), float(high)
 

@@ -47,6 +47,7 @@ __all__ = ["DTYPES", "Options", "Study", "flags", "provenance", "side_by_side"]
 
 DTYPES = ("float32", "float64")
 FIGURES = ("figure.svg", "figure.png")
+NUMERICAL = ("numba", "numpy", "scipy")
 COMPUTING = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "torch", "jax", "onnxruntime")
 PACKAGES = (*COMPUTING, "pandas", "matplotlib", "seaborn")
 THREAD_LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -101,6 +102,7 @@ class Study:
     devices: those that `run` takes.
     parallel: whether points run side by side, one a core, each with one thread, where --jobs does not say otherwise.
     tables: `tables(frame)` returns what else is to be written as CSV, by the name of the file.
+    timed: whether rows hold times, which depend on the machine, its threads and all packages; stored points then too.
     version: raise it when stored points must be forgotten for a reason that the source does not show.
 
     Raises ValueError for a name that is no identifier and for an empty question.
@@ -114,6 +116,7 @@ class Study:
     devices: tuple[str, ...] = kernels.DEVICES
     parallel: bool = False
     tables: Callable[["pd.DataFrame"], dict[str, "pd.DataFrame"]] | None = None
+    timed: bool = False
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -183,7 +186,8 @@ class Study:
         start = time.perf_counter()
         _digest.cache_clear()
         source = _source_hash(self.run)
-        points = {self._identity(point, source): point for point in self._points(options)}
+        environment = provenance() | ({"threads": _threads(options.jobs)} if options.jobs > 1 else {})
+        points = {self._identity(point, source, environment): point for point in self._points(options)}
         files = {identity: out / "points" / f"{identity}.json" for identity in points}
         for file in (out / "points").glob("*.json*") if options.fresh else ():
             file.unlink()
@@ -221,7 +225,7 @@ class Study:
             "flags": asdict(options) | {"out": str(out)},
             "seed": options.seed,
             "source_sha256": source,
-            "environment": provenance() | ({"threads": _threads(options.jobs)} if options.jobs > 1 else {}),
+            "environment": environment,
         }
         _write(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         return manifest
@@ -241,9 +245,10 @@ class Study:
             raise ValueError(f"grid must list each point once, got more than once {', '.join(sorted(twice))}")
         return [json.loads(json.dumps(point)) | flagged for point in grid]
 
-    def _identity(self, point: Point, source: str) -> str:
-        computing = {name: importlib.metadata.version(name) for name in ("numba", "numpy", "scipy")}
-        content = {"study": self.name, "version": self.version, "point": point, "source": source} | computing
+    def _identity(self, point: Point, source: str, environment: dict[str, Any]) -> str:
+        packages = {name: environment["packages"].get(name) for name in (COMPUTING if self.timed else NUMERICAL)}
+        machine = {name: environment[name] for name in ("cpu", "cpu_target", "threads", "gpu") if self.timed}
+        content = {"study": self.name, "version": self.version, "point": point, "source": source} | packages | machine
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _draw(self, rows: Rows, out: Path) -> list[dict[str, Any]]:

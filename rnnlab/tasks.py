@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import check_array, check_choice, check_dtype, check_lengths, check_positive, generator
+from .checks import check_array, check_choice, check_dtype, check_integer, check_lengths, generator
 from .kernels.compiling import cached
 from .losses import LOSSES
 from .model import GENERATING, LAST, TOPOLOGIES, SequenceModel
@@ -73,15 +73,22 @@ class Task:
 
 
 def sample_task(
-    name: str, length: int, batch: int, seed: int | np.random.Generator | None = None, dtype: DTypeLike = "float32"
+    task: str | Task,
+    length: int,
+    batch: int,
+    seed: int | np.random.Generator | None = None,
+    dtype: DTypeLike = "float32",
 ) -> tuple[Array, Array]:
-    """Draw sequences x (T, B, I) of a task of `TASKS` and their targets, shaped as `SequenceModel` takes them.
+    """Draw sequences x (T, B, I) of a synthetic task, one of `TASKS` by name or like them, and their targets.
 
-    T is `length` and the task's extra steps. Raises ValueError for an unknown name or sizes out of range.
+    They are shaped as `SequenceModel` takes them; T is `length` and the task's extra steps. Raises ValueError for an
+    unknown name, a task of given arrays and sizes out of range.
     """
-    task = TASKS[check_choice("name", name, TASKS)]
-    T, B = check_steps(task, length), check_positive("batch", batch)
-    rng = seed if isinstance(seed, np.random.Generator) else generator(seed, name)
+    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    if task.arrays:
+        raise ValueError(f"task must be synthetic, got the given arrays of {task.name}")
+    T, B = check_steps(task, length), check_integer("batch", batch)
+    rng = seed if isinstance(seed, np.random.Generator) else generator(seed, task.name)
     x, targets = np.empty((T, B, task.input_size), check_dtype("dtype", dtype)), target_rows(task, T, B, dtype)
     task.generate(rng, x, targets, np.full(B, T), np.zeros(1, np.int64), ())
     shape = (T, B) if task.topology == "many_to_many" else (B,)
@@ -90,7 +97,7 @@ def sample_task(
 
 def check_steps(task: Task, length: Any) -> int:
     """Return the steps of a sequence of this length of a synthetic task."""
-    if check_positive("length", length) < task.least:
+    if check_integer("length", length) < task.least:
         raise ValueError(f"length must be at least {task.least} for {task.name}, got {length}")
     return int(length) + task.extra_steps
 
@@ -260,9 +267,10 @@ def dataset(
         outputs = rows.shape[1]
         if loss == "bce" and (rows.min() < 0 or rows.max() > 1):
             raise ValueError(f"targets must lie in [0, 1] for bce, got {rows.min()}…{rows.max()}")
-    size = outputs if output_size is None else check_positive("output_size", output_size)
-    if size < outputs:
-        raise ValueError(f"output_size must be at least {outputs} for these targets, got {size}")
+    size = outputs if output_size is None else check_integer("output_size", output_size)
+    if size < outputs or (size > outputs and loss != "cross_entropy"):
+        least = "at least " if loss == "cross_entropy" else ""
+        raise ValueError(f"output_size must be {least}{outputs} for these targets, got {size}")
     arrays = x, rows, np.concatenate(ends)
     return Task(name, I, size, topology, loss, _from_arrays, lambda length: math.nan, "given arrays", arrays=arrays)
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import gammaln, logsumexp, xlogy
+from scipy.special import gammaln, log_expit, logsumexp, xlogy
 
-from .checks import check_choice, check_number, check_positive
+from .checks import check_array, check_choice, check_integer, check_number
 from .rnn import Recurrent
 
 __all__ = [
@@ -46,18 +46,19 @@ def forget_gate_rate(forget_bias: ArrayLike) -> Any:
     ∂c_t/∂c_{t−1} = f_t (Gers, Schmidhuber & Cummins 2000), and f_t = σ(b_f) where nothing else reaches the gate. An
     array of biases or pre-activations gives an array.
     """
-    return -np.logaddexp(0, -np.asarray(forget_bias, np.float64))
+    return log_expit(np.asarray(forget_bias, np.float64))
 
 
 def gate_exponents(net: Recurrent, x: Array) -> Floats:
     """Return the exponents (S·H,) that one layer driven by x (T, 1, I) would have with W_hh = 0, descending.
 
     ⟨ln f_t⟩ for each unit of an LSTM, ⟨ln z_t⟩ of a GRU with h' = (1 − z)∘n + z∘h; −∞ for every h of an LSTM, which
-    then only reads c. Raises ValueError for a cell without such a gate and for several layers.
+    then only reads c. Raises ValueError for a cell without such a gate, several layers and several sequences.
     """
     check_choice("the cell of net", net.cell.name, _KEEPING)
     if net.num_layers * net.directions > 1:
         raise ValueError(f"net must have one layer in one direction, got {net!r}")
+    x = check_array("x", x, ("T", 1, net.input_size), net.dtype)
     weights, gate = net.weights(0), next(k for k, name in enumerate(net.cell.gates) if name in "fz")
     rows = slice(gate * net.hidden_size, (gate + 1) * net.hidden_size)
     field = x[:, 0] @ weights.weight_ih[rows].T + (weights.bias_ih + weights.bias_hh)[rows]
@@ -146,7 +147,7 @@ def resting_rate(cell: str, gain: float, forget_bias: float = 0.0) -> float:
     radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
     ½·(1 − a) for a GRU or a coupled LSTM. No other bias (Can, Krishnamurthy & Schwab 2020). Weak inputs change it
     little; above 0 the network does not stay at rest. Raises ValueError for a cell that is none of rnn_tanh, lstm,
-    lstm_coupled, gru, gru_reset_before.
+    lstm_coupled, gru, gru_reset_before, and for a forget_bias of rnn_tanh, which has no such gate.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
     return _log(keep + through)
@@ -160,7 +161,7 @@ def resting_gradient(cell: str, gain: float, lags: int, forget_bias: float = 0.0
     A gaussian W of N units departs from it after about √N lags, when its own largest eigenvalues take over.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
-    k = np.arange(check_positive("lags", lags) + 1)[:, None]
+    k = np.arange(check_integer("lags", lags) + 1)[:, None]
     j = np.arange(lags + 1)
     with np.errstate(invalid="ignore"):
         terms = gammaln(k + 1) - gammaln(j + 1) - gammaln(k - j + 1) + xlogy(k - j, keep) + xlogy(j, through)
@@ -171,10 +172,14 @@ def resting_gradient(cell: str, gain: float, lags: int, forget_bias: float = 0.0
 def _at_rest(cell: str, gain: float, forget_bias: float) -> tuple[float, float]:
     """Return a and b·g of J = a + b·W."""
     check_choice("cell", cell, ("rnn_tanh", *_KEEPING))
-    radius = check_number("gain", gain, 0, math.inf)
+    radius, bias = (
+        check_number("gain", gain, 0, math.inf),
+        check_number("forget_bias", forget_bias, -math.inf, math.inf),
+    )
     if cell == "rnn_tanh":
+        if bias:
+            raise ValueError(f"forget_bias belongs to gated cells, got {forget_bias!r} for rnn_tanh")
         return 0.0, radius
-    bias = check_number("forget_bias", forget_bias, -math.inf, math.inf)
     keep, lose = (math.exp(forget_gate_rate(sign * bias)) for sign in (1, -1))
     return keep, radius * (0.25 if cell == "lstm" else 0.5 * lose)
 

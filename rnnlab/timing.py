@@ -1,11 +1,11 @@
 """How time is measured: interleaved in one process, warm, as medians and paired ratios with their spread."""
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -31,8 +31,7 @@ Clock = Callable[[Callable[[], Any]], float]
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """A paired ratio: the median over pairs of peer's time / our time, and its quartiles."""
 
     median: float
@@ -71,15 +70,14 @@ def wall_clock(call: Callable[[], Any]) -> float:
 
 
 def cuda_clock(call: Callable[[], Any]) -> float:
-    """Return the seconds between two CUDA events around `call` on PyTorch's current stream; launching costs nothing."""
-    import torch
-
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Return the seconds between two CUDA events around `call` on the legacy default stream, CuPy's and PyTorch's."""
+    cuda: Any = importlib.import_module("cupy").cuda
+    start, end = cuda.Event(), cuda.Event()
     start.record()
     call()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) * 1e-3
+    return float(cuda.get_elapsed_time(start, end)) * 1e-3
 
 
 def interleave(

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_array, check_choice, check_lengths, check_number, check_positive, generator
+from .checks import check_array, check_choice, check_integer, check_lengths, check_number, generator
 from .clipping import ByPercentile, ClippingRule, new_history
 from .kernels import cpu
 from .kernels import step as steps_of
@@ -76,7 +76,7 @@ class TrainingStep:
         net = model.rnn
         if net.device != "cpu":
             raise ValueError(f"model must be on the CPU, got {net!r}")
-        self.steps, self.batch = check_positive("steps", steps), check_positive("batch", batch)
+        self.steps, self.batch = check_integer("steps", steps), check_integer("batch", batch)
         if model.topology == "one_to_one" and steps != 1:
             raise ValueError(f"steps must be 1 for topology one_to_one, got {steps}")
         if not isinstance(optimiser, Optimiser) or not isinstance(clip, ClippingRule | None):
@@ -161,6 +161,7 @@ class TrainingStep:
         steps = check_lengths("lengths", lengths, self.batch, self.steps)
         scored = self.model.scored(steps, self.steps, self.model.topology == "many_to_many")
         self._targets[:] = self.model.check_targets(targets, scored).reshape(self._targets.shape)
+        self._batch = Bound(), Bound()  # nothing is drawn over what is given
         self._x[:], self._lengths[:] = x, steps
         before = self.counts[steps_of.MOVED]
         self.run(1)
@@ -255,8 +256,8 @@ class TrainingLog:
         clipped_norm, cosine and omega of the last update (Ω, NaN where it is not asked for; within BPTT the first and
         third cost a second backward pass); updates_clipped and elements_clipped, shares since the last row; skipped,
         updates that moved nothing so far, and not_finite, the first parameter whose gradient was not finite in the last
-        of them ("norm": only their norm); spectral_radius of W_hh, of each gate's block where there are several;
-        evaluation; and what `measure` names.
+        of them ("norm": only their norm); spectral_radius of the first layer's W_hh, of each gate's block where there
+        are several; evaluation; and what `measure` names.
         """
         return pd.DataFrame(self.rows)
 
@@ -296,7 +297,7 @@ def train(
     """
     task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
     span = _check_task(model, task, length)
-    points = _points(check_positive("updates", updates), check_positive("log", log), evaluate_every)
+    points = _points(check_integer("updates", updates), check_integer("log", log), evaluate_every)
     if checkpoint is not None and model.rnn.dropout:
         raise ValueError(f"checkpoint takes no dropout, whose draws it does not keep, got {model.rnn!r}")
     kind = TrainingStep if _compiles(model) else _GeneralStep
@@ -335,12 +336,12 @@ def train(
 
 
 def error_rate(model: SequenceModel, task: str | Task, length: int, *, sequences: int = 10_000, seed: int = 0) -> float:
-    """Return the share of fresh sequences of a task of `TASKS` of which not every prediction is right."""
-    task = TASKS[check_choice("task", task if isinstance(task, str) else task.name, TASKS)]
+    """Return the share of fresh sequences of a synthetic task of which not every prediction is right."""
+    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
     _check_task(model, task, length)
     rng, wrong, batch = generator(seed, "evaluation"), 0, 500
-    for start in range(0, check_positive("sequences", sequences), batch):
-        x, targets = sample_task(task.name, length, min(batch, sequences - start), rng, model.rnn.dtype)
+    for start in range(0, check_integer("sequences", sequences), batch):
+        x, targets = sample_task(task, length, min(batch, sequences - start), rng, model.rnn.dtype)
         outputs, _ = model.predict(x)
         wrong += int((~task.right(outputs, targets)).sum())
     return wrong / sequences
@@ -374,7 +375,7 @@ def _points(updates: int, log: int, every: int | None) -> list[int]:
     decades = 10 ** (np.arange(math.ceil(log * math.log10(updates))) / log)
     points = {0, updates, *np.round(decades).astype(int).tolist()}
     if every is not None:
-        points |= set(range(0, updates, check_positive("evaluate_every", every)))
+        points |= set(range(0, updates, check_integer("evaluate_every", every)))
     return sorted(points)
 
 

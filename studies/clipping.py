@@ -4,7 +4,7 @@ A tanh network learns the order of two symbols (temporal order, four classes); w
 orders of magnitude. Every rule is swept over thresholds and learning rates, for SGD and for Adam. What to look for:
 
 - solved: a rule that shortens every gradient is a smaller learning rate, so compare a rule at its best learning rate
-  with no clipping at *its* best (with SGD there is none over four decades), and read diagonals (threshold times
+  with no clipping at *its* best (with SGD there is none over three decades), and read diagonals (threshold times
   learning rate), not rows. Under Adam a constant factor cancels: rules for the whole gradient change nothing at the
   learning rate that works, and save some networks at ten times that. A network that diverges has not solved the task;
 - turned: by global norm the cosine is 1 for each batch. But descent follows the mean over batches, and a rule that
@@ -77,7 +77,9 @@ def learn(point: dict[str, Any], seed: int) -> dict[str, Any]:
     clip = None if rule == "none" else RULES[rule][0](point["threshold"])
     given: Any = {"length": length, "batch": BATCH, "updates": point["updates"], "seed": seed}
     log = train(model, TASK, optimiser, clip=clip, evaluate_every=250, stop=solved, **given)
-    last, clipped = log.rows[-1], log.to_frame()["updates_clipped"].mean()
+    last, rows = log.rows[-1], log.to_frame()
+    moved = (rows["update"] - rows["skipped"]).diff()
+    clipped = (rows["updates_clipped"] * moved).sum() / moved.sum() if moved.sum() else None
     end = {"updates_taken": last["update"], "loss": last["loss"], "skipped": last["skipped"]}
     return {"kind": "run", "solved": log.outcome == "stopped", "outcome": log.outcome, "clipped": clipped, **end}
 
@@ -97,10 +99,10 @@ def effects(point: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     true = np.mean([model.loss_and_gradients(*batch).params.flat for batch in batches], axis=0, dtype=np.float64)
     for name, (rule, tops) in RULES.items():
         for top in tops:
-            history = rules.new_history()
-            found = [rules.clipped_gradients(model, *batch, rule(top), history=history) for batch in batches]
+            kept, again = rules.new_history(), rules.new_history()  # of the same norms, each seen once
+            found = [rules.clipped_gradients(model, *batch, rule(top), history=kept) for batch in batches]
+            removed = [rules.energy_removed(model, *batch, rule(top), history=again) for batch in batches]
             mean = np.mean([one.gradient.flat for one in found], axis=0, dtype=np.float64)
-            removed = [rules.energy_removed(model, *batch, rule(top), history=history) for batch in batches]
             records = pd.DataFrame([one.record for one in found])
             row = {"rule": name, "threshold": top, **records[["norm", "clipped_norm"]].median()}
             row |= {

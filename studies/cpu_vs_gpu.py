@@ -25,7 +25,6 @@ from rnnlab.kernels import available
 from rnnlab.peers import Problem
 from rnnlab.plots import caption, curves, panels, roofline
 from rnnlab.study import Study
-from rnnlab.timing import usable_cores
 
 CELLS = ("rnn_tanh", "lstm", "gru")
 BASE = {"steps": 100, "batch": 32, "hidden_size": 128}
@@ -52,7 +51,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         sized = BASE | {point["sweep"]: size}
         shape = Shape(point["cell"], sized["steps"], sized["batch"], sized["hidden_size"], sized["hidden_size"])
         problems += [
-            Problem(shape, point["scope"], point["dtype"], device, usable_cores(), point["seed"])
+            Problem(shape, point["scope"], point["dtype"], device, point["seed"])
             for device in ("cpu", "cuda")
             if available(device) is None
         ]
@@ -83,7 +82,7 @@ def plot(frame: pd.DataFrame) -> Figure:
             stars = crossings[(crossings["scope"] == scope) & (crossings["sweep"] == sweep)]
             ax.plot(stars["size"], stars["step_microseconds"], "k*", markersize=10)
             ax.set(xlabel=sweep.replace("_", " "), ylabel="time of a step [µs]", title=scope)
-        roofline(axes[4 * row + 3], times[times["scope"] == scope], hue="measured_on")
+        roofline(axes[4 * row + 3], times[times["scope"] == scope], hue="measured_on", device="measured_on")
     devices = "CPU and GPU" if "cuda" in set(times["measured_on"]) else "no GPU on this machine: the CPU alone"
     fixed = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in BASE.items())
     text = f"{devices}; where not swept: {fixed}, as many inputs; {frame['dtype'].iloc[0]}; medians, bands: quartiles"
@@ -91,7 +90,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-study = Study("cpu_vs_gpu", question=__doc__, grid=grid, run=run, plot=plot)
+study = Study("cpu_vs_gpu", question=__doc__, grid=grid, run=run, plot=plot, timed=True)
 
 if __name__ == "__main__":
     study.main()

@@ -219,7 +219,15 @@ def draw_costs(time: Axes, size: Axes, ax: Axes, mean: pd.DataFrame) -> None:
 
 
 study = Study(
-    "lstm_vs_gru", question=__doc__, grid=grid, run=run, plot=plot, devices=("cpu",), parallel=True, tables=tables
+    "lstm_vs_gru",
+    question=__doc__,
+    grid=grid,
+    run=run,
+    plot=plot,
+    devices=("cpu",),
+    parallel=True,
+    tables=tables,
+    timed=True,
 )
 
 if __name__ == "__main__":

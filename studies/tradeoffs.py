@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from rnnlab.cells import CELLS
 from rnnlab.costs import Shape, arithmetic, memory, parameters
-from rnnlab.kernels import available, threads
+from rnnlab.kernels import available
 from rnnlab.peers import Problem, prepare_rnnlab
 from rnnlab.plots import bars, caption, curves, panels
 from rnnlab.study import Study
@@ -55,7 +55,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for device in filter(lambda device: available(device) is None, ("cpu", "cuda")):
         problems = {
-            cell: Problem(shape, point["scope"], point["dtype"], device, threads(), point["seed"])
+            cell: Problem(shape, point["scope"], point["dtype"], device, point["seed"])
             for cell, shape in shapes.items()
         }
         calls = {cell: prepare_rnnlab(problem).call for cell, problem in problems.items()}
@@ -121,7 +121,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-study = Study("tradeoffs", question=__doc__, grid=grid, run=run, plot=plot)
+study = Study("tradeoffs", question=__doc__, grid=grid, run=run, plot=plot, timed=True)
 
 if __name__ == "__main__":
     study.main()

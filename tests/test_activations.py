@@ -69,6 +69,7 @@ def ulp_error(got, x, exact):
             rounded = rounded.astype(got.dtype)
         infinite = np.isinf(rounded)
         np.testing.assert_array_equal(got[infinite], rounded[infinite])
+        assert np.isfinite(got[~infinite]).all()  # NaN compares with nothing
         pairs = [(g, w, u) for g, w, u in zip(got, want, np.spacing(np.abs(rounded)), strict=True) if np.isfinite(u)]
         return float(max(abs(mpmath.mpf(float(g)) - w) / mpmath.mpf(float(u)) for g, w, u in pairs))
 

@@ -45,14 +45,14 @@ def test_4096_steps_are_the_same_bits():
     assert_same(model.loss_and_gradients(x, targets, checkpoint="sqrt"), model.loss_and_gradients(x, targets))
 
 
-def test_recompute_equals_backward():
+def test_gradients_between_checkpoints_are_those_of_backward():
     net = Recurrent("gru", 4, 19, 2, seed=3)
     rng = np.random.default_rng(4)
     x, d_output = (rng.normal(size=(200, 2, size)).astype(np.float32) for size in (4, 19))
     state, d_final = (rng.normal(size=(2, 2, 19)).astype(np.float32) for _ in range(2))
     trace, kept = net.forward(x, state), net.checkpoint(x, state, every=100)
     np.testing.assert_array_equal(kept.output, trace.output)
-    plain, sparse = net.backward(trace, d_output, d_final), net.recompute(kept, d_output, d_final)
+    plain, sparse = net.backward(trace, d_output, d_final), net.gradients(kept, d_output, d_final)
     for name in ("x", "state"):
         np.testing.assert_array_equal(getattr(sparse, name), getattr(plain, name))
     np.testing.assert_array_equal(sparse.params.flat, plain.params.flat)

@@ -36,7 +36,7 @@ def sleeper(seconds):
 
         return peers.Run(call, ours.result)
 
-    return peers.Peer("numpy", ("cpu",), prepare)
+    return peers.Peer(("numpy",), ("cpu",), prepare)
 
 
 def liar(problem):
@@ -61,9 +61,9 @@ def test_shapes_of_sets_and_of_single_problems():
 
 def test_table_has_a_row_for_every_implementation(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "slow", sleeper(0.02))
-    monkeypatch.setitem(peers.PEERS, "liar", peers.Peer("numpy", ("cpu",), liar))
-    monkeypatch.setitem(peers.PEERS, "absent", peers.Peer("no_such_package", ("cpu",), liar))
-    todo = compare.problems(["rnn_tanh"], ["5,2,3,4"], ["cpu"], ["float32", "float64"], "training", 1)
+    monkeypatch.setitem(peers.PEERS, "liar", peers.Peer(("numpy",), ("cpu",), liar))
+    monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(("no_such_package",), ("cpu",), liar))
+    todo = compare.problems(["rnn_tanh"], ["5,2,3,4"], ["cpu"], ["float32", "float64"], "training")
     frame = compare.compare(todo, ["slow", "liar", "absent"], seconds=0)
     assert len(frame) == 2 * 4
     single = frame[frame["dtype"] == "float32"].set_index("implementation")
@@ -71,7 +71,7 @@ def test_table_has_a_row_for_every_implementation(monkeypatch):
         "rnnlab": "ok",
         "slow": "ok",
         "liar": "wrong",
-        "absent": "the package no_such_package is not installed",
+        "absent": "not installed: no_such_package",
     }
     assert single.loc["slow", "milliseconds"] > 20
     assert single.loc["slow", "ratio"] > 5  # 20 ms beside some tens of microseconds
@@ -91,7 +91,7 @@ def test_table_has_a_row_for_every_implementation(monkeypatch):
 def test_ratio_is_that_of_the_fastest_peer(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "slow", sleeper(0.02))
     monkeypatch.setitem(peers.PEERS, "slower", sleeper(0.06))
-    todo = compare.problems(["gru"], ["5,2,3,4"], ["cpu"], ["float32"], "forward", 1)
+    todo = compare.problems(["gru"], ["5,2,3,4"], ["cpu"], ["float32"], "forward")
     frame = compare.compare(todo, ["slower", "slow"], seconds=0)
     assert compare.fastest(frame)["peer"].item() == "slow"
     by_name = frame.set_index("implementation")["ratio"]
@@ -99,7 +99,7 @@ def test_ratio_is_that_of_the_fastest_peer(monkeypatch):
 
 
 def test_without_a_peer_there_is_no_ratio():
-    todo = compare.problems(["lstm"], ["5,2,3,4"], ["cpu"], ["float32"], "step", 1)
+    todo = compare.problems(["lstm"], ["5,2,3,4"], ["cpu"], ["float32"], "step")
     frame = compare.compare(todo, [], seconds=0)
     assert np.isnan(compare.worst_ratio(frame))
     assert compare.table(frame).splitlines()[1].split()[-3:-1] == ["-", "-"]
@@ -143,7 +143,7 @@ def test_check_fails_below_the_bar(run, monkeypatch, at_least, code):
 
 
 def test_a_wrong_result_fails(run, monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "liar", peers.Peer("numpy", ("cpu",), liar))
+    monkeypatch.setitem(peers.PEERS, "liar", peers.Peer(("numpy",), ("cpu",), liar))
     assert run("--shapes", "5,2,3,4", "--cells", "gru", "--peers", "liar").exit_code == 1
 
 

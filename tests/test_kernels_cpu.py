@@ -55,8 +55,8 @@ def errors(got, want):
 
 
 def worst(found):
-    """(name, error) of the largest relative error."""
-    return max(found.items(), key=lambda item: item[1])
+    """(name, error) of the largest relative error; NaN, with which nothing compares, is the largest."""
+    return max(found.items(), key=lambda item: np.inf if np.isnan(item[1]) else item[1])
 
 
 SHAPES = {

@@ -86,8 +86,8 @@ def test_step_clips_and_updates():
 
 def test_a_peer_that_is_not_installed_is_listed_as_such(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    peer = peers.Peer("no_such_package", ("cpu",), peers.prepare_torch)
-    assert peer.missing() == "the package no_such_package is not installed"
+    peer = peers.Peer(("no_such_package",), ("cpu",), peers.prepare_torch)
+    assert peer.missing() == "not installed: no_such_package"
 
 
 def test_what_cannot_run_says_why():

@@ -22,23 +22,46 @@ _PACKAGE = Path(__file__).parents[1]
 _GPU = ("cuda", "plan", "ptx")
 
 
-@cache
-def _source_hash(outer: str) -> str:
+def _read_sources():
     """Hash every file whose code ends up inside a kernel; Numba itself watches only that of the outer function."""
-    digest = hashlib.sha256()
     scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses")]
     kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if path.stem not in _GPU]
-    for path in [*scalar, *kernels, Path(outer)]:
-        digest.update(path.read_bytes())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in [*scalar, *kernels]))
+
+
+#: As they were when this process began, for that is what it compiles.
+_SOURCES = _read_sources()
+
+
+@cache
+def _source_hash(outer):
+    digest = _SOURCES.copy()
+    digest.update(Path(outer).read_bytes())
     return digest.hexdigest()
+
+
+class _Files(IndexDataCacheFile):
+    """Files whose names say what they hold, written before the index names them.
+
+    Numba takes the next free number: two processes that compile for two types at once would take the same, and what is
+    killed between index and code would leave the new name of old code.
+    """
+
+    def save(self, key, data):
+        index = self._load_index()
+        if not index:  # there is none, or one of other sources
+            for path in Path(self._cache_path).glob(f"{Path(self._index_name).stem}.*.nbc"):
+                path.unlink(missing_ok=True)
+        name = self._data_name(int(hashlib.sha256(repr((self._source_stamp, key)).encode()).hexdigest()[:15], 16))
+        self._save_data(name, data)
+        self._save_index(self._load_index() | {key: name})
 
 
 class _KernelCache(FunctionCache):
     """Numba's on-disk cache for a function made by a factory.
 
-    Numba's own key of a closure changes from process to process, and its numbering of data files lets two processes
-    that compile two closures of one factory overwrite each other. Here each variant has a file of its own, valid as
-    long as the sources are.
+    Numba's own key of a closure changes from process to process. Here each variant has files of its own, valid as long
+    as the sources are.
     """
 
     def __init__(self, py_func, variant):
@@ -46,7 +69,7 @@ class _KernelCache(FunctionCache):
         self._variant = variant
         self.label, self.started = f"{py_func.__name__} ({variant})", 0.0
         name, source = f"{self._impl.filename_base}-{variant}", _source_hash(py_func.__code__.co_filename)
-        self._cache_file = IndexDataCacheFile(self.cache_path, name, source)
+        self._cache_file = _Files(self.cache_path, name, source)
 
     def _index_key(self, sig, codegen):
         return sig, codegen.magic_tuple(), self._variant
@@ -86,16 +109,21 @@ def part(*key, **options):
     return decorate
 
 
+def _is_own(function):
+    inner = [cell.cell_contents for cell in function.py_func.__closure__ or ()]
+    return function.py_func.__module__.startswith("rnnlab.") and all(_is_own(f) for f in inner if hasattr(f, "py_func"))
+
+
 def cached(variant: str, *parts: Any) -> Callable[[Any], Any]:
     """Return the decorator of a function that Python calls: compiled without the GIL, kept on disk as `variant`.
 
-    `parts` are the scalar functions inside it. With one that is not rnnlab's own nothing is kept: its source is not in
-    the hash.
+    `parts` are the scalar functions inside it. With one that is not rnnlab's own, or calls such a one, nothing is kept:
+    its source is not in the hash.
     """
 
     def decorate(function):
         dispatcher = part(variant, nogil=True, **ARITHMETIC)(function)
-        if not all(part.py_func.__module__.startswith("rnnlab.") for part in parts):
+        if not all(map(_is_own, parts)):
             return dispatcher
         dispatcher._cache = _KernelCache(function, variant)
         return dispatcher

@@ -117,7 +117,7 @@ def _kernel(cell: Cell, dtype):
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     (step_panel, _), reset_panel = backward_step(cell, V, True), backward_reset(cell, V) if RESET else None
 
-    @cached(f"{cell.name}-{dtype}", cell.step_backward)
+    @cached(f"{cell.name}-{dtype}", cell.step_backward, *(cell.reset or ()))
     def contributions(arguments):
         """Fill norms and products (loss steps, T, parts) of the loss steps `at`, the last one first."""
         (

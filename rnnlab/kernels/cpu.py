@@ -110,7 +110,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     step_panel = forward_step(cell, dtype, V, keep)
     reset_panel, pack = forward_reset(cell, dtype, V) if RESET else None, _forward_pack(cell, dtype)
 
-    @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step)
+    @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step, *(cell.reset or ()))
     def forward(arguments, counter, mails, parties, by_units, rank):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
         arguments, counter, mails = borrow((arguments, counter, mails))
@@ -324,7 +324,7 @@ def _power_of_two(n, dtype):
 
 @njit
 def _add_scaled(d_state, exponent, direct, direct_exponent):
-    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, rescaled to a largest entry in [½, 1).
+    """d_state·2^exponent (S, H) plus direct·2^direct_exponent (H,) on h, both rescaled to largest entries below 1.
 
     Scaling by powers of two is exact. Returns the new exponent; entries 2^−126 below the largest may round.
     """
@@ -353,7 +353,8 @@ def _add_scaled(d_state, exponent, direct, direct_exponent):
 
 #: What `backward` clips at every step: "states", the norm of a sequence's dL/dstate_t, h and c together, before the
 #: step takes it back; "gates", each number of dL/dax and dL/dah, before they enter products with weights. With the
-#: limit, and counts (threads, 8), to which each thread adds in a row of its own: how many were clipped, of how many.
+#: limit, and counts (threads, 8), to which each thread adds in a row of its own: how many were clipped, of how many
+#: (what follows there is scratch).
 Clip = tuple[str, float, NDArray[np.int64]]
 
 
@@ -415,7 +416,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
     _, step_panel = backward_step(cell, V, WHOLE)
     reset_panel = backward_reset(cell, V) if RESET else None
 
-    @cached(f"{cell.name}-{dtype}-{mode}", cell.step_backward)
+    @cached(f"{cell.name}-{dtype}-{mode}", cell.step_backward, *(cell.reset or ()))
     def backward(arguments, counter, mails, parties, by_units, rank):
         """Turn d_state[:, T] and d_output into d_state, dx and (unless scaled) d_weight…, the part of one thread.
 
@@ -753,7 +754,8 @@ def backward(
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
-    dL/d weights is added to `into`, if that is given. With `clip` the adjoint is clipped at every step.
+    dL/d weights is added to `into`, if that is given (both biases of a joint cell must hold the same there). With
+    `clip` the adjoint is clipped at every step.
     """
     call, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, into, clip=clip)
     run_together(*call)

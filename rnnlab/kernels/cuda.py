@@ -15,6 +15,7 @@ In Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the kernels run as Python, NumPy s
 launches and multiplies there.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import math
@@ -25,9 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda, types
 from numba.np.numpy_support import from_dtype
-from numpy.typing import DTypeLike
 
-from ..cells import CELLS, Cell
+from ..cells import Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights, cpu
 from .panels import numbers_saved, put_numbers, take_numbers
 from .plan import ARITHMETIC, Chip, Plan, Product, plan
@@ -671,12 +671,23 @@ def _scan(kernel: Any, made: Plan, arguments: tuple[Any, ...]) -> Launch:
 _CUBLAS = {"float32": (0, 68), "float64": (1, 70), "tf32": (0, 77), "bf16": (14, 68), "fp16": (2, 68)}
 
 
+@cache
+def _cublas() -> Any:
+    """Return the cuBLAS that CuPy has loaded; CuPy's own calls of it refuse a stream that is being captured."""
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    library = ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    factor, out = (pointer, number, number), (pointer, pointer, number, number, number, number)
+    library.cublasSetStream_v2.argtypes = [pointer, pointer]
+    library.cublasGemmEx.argtypes = [pointer, *[number] * 5, pointer, *factor, *factor, *out]
+    return library
+
+
 def _multiply(a: Array, b: Array, out: Array, dtype: str, *, ta: bool = False, tb: bool = False) -> None:
     """Set out = a b, of matrices, transposed where `ta` and `tb` say so, in the arithmetic of `dtype`."""
     if out.size == 0:
         return
-    from cupy_backends.cuda.libs import cublas
-
     (m, k), n = a.shape[::-1] if ta else a.shape, b.shape[0] if tb else b.shape[1]
     kind, computing = _CUBLAS[dtype]
     result = 1 if dtype == "float64" else 0
@@ -684,8 +695,12 @@ def _multiply(a: Array, b: Array, out: Array, dtype: str, *, ta: bool = False, t
     # cuBLAS counts columns first: it sees every matrix transposed, and computes outᵀ = bᵀ aᵀ.
     theirs, ours = ((v.data.ptr, kind, v.strides[0] // v.itemsize) for v in (b, a))
     shape, handle = (int(tb), int(ta), n, m, k), xp.cuda.device.get_cublas_handle()
-    scales = one.ctypes.data, nil.ctypes.data
-    cublas.gemmEx(handle, *shape, scales[0], *theirs, *ours, scales[1], out.data.ptr, result, n, computing, -1)
+    scales, library = (one.ctypes.data, nil.ctypes.data), _cublas()
+    status = library.cublasSetStream_v2(handle, xp.cuda.get_current_stream().ptr) or library.cublasGemmEx(
+        handle, *shape, scales[0], *theirs, *ours, scales[1], out.data.ptr, result, n, computing, -1
+    )
+    if status != 0:
+        raise RuntimeError(f"cuBLAS refuses {dtype} of {a.shape} and {b.shape}: status {status}")
 
 
 class _Matrix:
@@ -913,6 +928,7 @@ def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Ar
 
 def capture(run: Run) -> Run:
     """Return `run` as one CUDA graph: all its launches at once. What it needs must be allocated."""
+    xp.cuda.Device().synchronize()  # what prepared it ran on another stream
     stream = xp.cuda.Stream(non_blocking=True)
     with stream:
         run()
@@ -920,15 +936,8 @@ def capture(run: Run) -> Run:
         stream.begin_capture()
         run()
         graph = stream.end_capture()
-    return graph.launch
 
+    def replay(kept: Run = run) -> None:  # a graph keeps no array alive: what `run` refers to must be
+        graph.launch()
 
-def warmup(cell_name: str, dtype: DTypeLike) -> None:
-    """Compile the kernels of a cell by running them once; every layout has kernels of its own."""
-    cell, dtype = CELLS[cell_name], np.dtype(dtype)
-    shapes = ((len(cell.gates) * 2, 2),) * 2 + ((len(cell.gates) * 2,),) * 2 + ((len(cell.peepholes) * 2,),)
-    weights = LayerWeights(*(np.zeros(shape, dtype) for shape in shapes))
-    state, d_output = np.zeros((len(cell.states), 2, 2), dtype), np.zeros((2, 2, 2), dtype)
-    trace = forward(cell, d_output, weights, state, np.full(2, 2))
-    for exponent in (None, np.zeros((2, 2), np.int64)):
-        backward(cell, trace, weights, d_output, state, exponent)
+    return replay

@@ -113,7 +113,7 @@ def bring(memory, begin, count, strides, tile):
 def store_gates(V):
     """Build the store of `count` numbers a unit into rows of unit, gate, lane, without padding between them.
 
-    The k-th number begins at panel[at + k·region]; `region` 0 stores one number `count` times.
+    The k-th number begins at panel[at + k·region].
     """
 
     @part(V)

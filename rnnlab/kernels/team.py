@@ -50,12 +50,21 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.ndarray(shape, dtype, memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % _LINE)
     step = 1 << (size.bit_length() - 4)
     size = -(-size // step) * step
-    kept = _free.get(size)
-    memory = kept.pop() if kept else np.empty(size + _LINE, np.uint8)
+    try:
+        memory = _free[size].pop()
+    except (KeyError, IndexError):
+        memory = np.empty(size + _LINE, np.uint8)
     # Not an array, so that views of the result refer to it, and not to the memory behind it.
     lease = (ctypes.c_char * size).from_address(memory.ctypes.data + -memory.ctypes.data % _LINE)
     weakref.finalize(lease, _keep, size, memory).atexit = False
     return np.ndarray(shape, dtype, lease)  # type: ignore[arg-type]
+
+
+def _counters(count: int) -> NDArray[np.int64]:
+    """Return zeros in cache lines that nothing else shares."""
+    counters = empty((-(-count // _MAIL) * _MAIL,), np.dtype(np.int64))
+    counters[:] = 0
+    return counters
 
 
 def _keep(size: int, memory: NDArray[np.uint8]) -> None:
@@ -96,22 +105,25 @@ def predicted_seconds(
     return arithmetic + streaming + T * rows * units * _CELL + waiting
 
 
-def plan(cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool = False) -> tuple[int, bool]:
+def plan(
+    cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], by_sequences: bool = False
+) -> tuple[int, bool]:
     """Return how many threads run a sequence, and whether they share the hidden units (or else the batch).
 
-    Numbers are the same whatever the plan. The scaled adjoint looks at all units of a sequence: it shares the batch.
+    Numbers are the same whatever the plan. `by_sequences` shares the batch: the scaled adjoint, for one, looks at all
+    units of a sequence.
     """
-    return _plan(cell, T, B, I, H, dtype, scaled, threads())
+    return _plan(cell, T, B, I, H, dtype, by_sequences, threads())
 
 
 @lru_cache(4096)
 def _plan(
-    cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], scaled: bool, limit: int
+    cell: Cell, T: int, B: int, I: int, H: int, dtype: np.dtype[Any], by_sequences: bool, limit: int
 ) -> tuple[int, bool]:
     found = [(1, False)]
     for parties in range(2, limit + 1):
         found += [(parties, False)] if parties <= B else []
-        found += [(parties, True)] if not scaled else []
+        found += [(parties, True)] if not by_sequences else []
     return min(found, key=lambda one: predicted_seconds(cell, T, B, I, H, dtype, *one))
 
 
@@ -194,7 +206,7 @@ class _Worker(threading.Thread):
 
 #: The threads that there are, and room for the mails of as many as there may be.
 _workers: list[_Worker] = []
-_mails = np.zeros(1024 * _MAIL, np.int64)
+_mails = _counters(1024 * _MAIL)
 
 #: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
@@ -203,7 +215,7 @@ _busy = threading.Lock()
 def _forget() -> None:
     """Begin without threads: they do not survive a fork."""
     global _workers, _mails, _busy
-    _workers, _mails, _busy = [], np.zeros_like(_mails), threading.Lock()
+    _workers, _mails, _busy = [], _counters(_mails.size), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -257,7 +269,7 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
         return
     try:
         _wake(parties - 1)
-        kernel(arguments, np.zeros(1, np.int64), _mails, parties, by_units, 0)
+        kernel(arguments, _counters(1), _mails, parties, by_units, 0)
     finally:
         for worker in _workers:
             worker.expected = False
