@@ -208,7 +208,9 @@ def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float
 
 def roofline(ax: Axes, frame: pd.DataFrame, *, hue: str, device: str) -> None:
     """Draw GFLOP/s against FLOPs per byte, under each device's measured peak and bandwidth (Williams et al. 2009)."""
-    sns.scatterplot(frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette=PALETTE)
+    sns.scatterplot(
+        frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette="colorblind"
+    )
     limits = []
     for colour, (name, part) in zip(itertools.cycle(("k", "0.6")), frame.groupby(device), strict=False):
         peak, bandwidth = part[["peak_gflops_per_second", "bandwidth_gbytes_per_second"]].median()

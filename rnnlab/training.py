@@ -1,5 +1,6 @@
 """Training: whole steps of small networks in one compiled call, and runs of many of them with their log."""
 
+import hashlib
 import json
 import math
 import os
@@ -303,7 +304,8 @@ def train(
     kind = TrainingStep if _compiles(model) else _GeneralStep
     step = kind(model, span[1], batch, optimiser, clip, omega=omega)
     fed = model.topology, model.loss_name, model.output_size, model.teacher_forcing
-    setting = (task.name, optimiser, clip, omega, length, batch, seed, model.rnn, *fed)
+    data = [hashlib.sha256(array.tobytes()).hexdigest() for array in (task.arrays if checkpoint is not None else ())]
+    setting = (task.name, *data, optimiser, clip, omega, length, batch, seed, model.rnn, *fed)
     run = _Run(step, task, span, seed, repr(setting))
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():

@@ -20,6 +20,9 @@ hypothesis.settings.load_profile("rnnlab")
 #: which is 1.7e-13 if all err one way, and the terms of a sum may be a few times larger than the sum. Found: 3e-15.
 TOLERANCE = 1e-12
 
+#: A cell of each kind: one product; ax and ah apart; two products. The others differ from them by `step` alone.
+KINDS = ("lstm_peephole", "gru", "gru_reset_before")
+
 #: Of `directional_difference`, for a function around 1; in proportion for one that is a sum of many such terms.
 DIFFERENCE_TOLERANCE = 1e-11
 

@@ -201,6 +201,16 @@ def test_gradients_of_a_model_clipped_within_bptt(kind, every):
     assert record.cosine == pytest.approx(1, rel=1e-14)
 
 
+def test_what_does_not_fit_is_refused():
+    net = Recurrent("gru", 2, 3, seed=0)
+    model, other = (SequenceModel(Recurrent("gru", 2, H, seed=0), 2, seed=0) for H in (3, 4))
+    with pytest.raises(ValueError, match="weights must be those of the gradient"):
+        Adaptive(0.1)(model.params.like(), other.params)
+    model = SequenceModel(net, 2, "encoder_decoder", teacher_forcing=True, seed=0)
+    with pytest.raises(ValueError, match="one direction and inputs that are given, got encoder_decoder of Recurrent"):
+        energy_removed(model, np.zeros((3, 1, 2), np.float32), np.zeros((2, 1), int), ByGlobalNorm(1.0))
+
+
 def test_energy_removed_by_a_norm_is_the_same_at_every_step():
     model, x, targets = problem("lstm")
     norm = np.linalg.norm(model.loss_and_gradients(x, targets).params.flat)

@@ -66,7 +66,9 @@ def test_direct_part_passes_through_no_later_step(cell):
         if trace.c:
             pairs.append((flow.direct_c[0], gradients.c[0][1]))
         for measured, plain in pairs:
-            np.testing.assert_allclose(measured[t + 1], np.log(np.linalg.norm(count * plain, axis=1)), atol=1e-11)
+            np.testing.assert_allclose(
+                measured[t + 1], np.log(np.linalg.norm(count * plain, axis=1)), rtol=0, atol=1e-11
+            )
 
 
 def test_constant_error_carousel_to_the_last_bit():
@@ -125,7 +127,7 @@ def test_growth_does_not_overflow_in_float32():
     model = rnnlab.SequenceModel(net, 1, "many_to_one", "mse", seed=0)
     state = np.full((1, 1, 16), 1e-30, np.float32)  # keeps every unit on its linear side
     flow = rnnlab.gradient_flow(model, np.zeros((200, 1, 1), np.float32), np.ones((1, 1), np.float32), state=state)
-    np.testing.assert_allclose(np.diff(flow.by_lag("h")[0]), math.log(2), atol=1e-6)  # exact powers of two
+    np.testing.assert_allclose(np.diff(flow.by_lag("h")[0]), math.log(2), rtol=0, atol=1e-6)  # exact powers of two
 
 
 @pytest.mark.parametrize("forget_bias", [0.0, 1.0, 2.0, 5.0])
@@ -199,9 +201,9 @@ def test_profile_is_relative_to_the_first_lag_with_a_gradient():
     curves = np.log(10) * np.array([[-np.inf, 1, 0, -1], [-np.inf, 2, 0, -2], [-np.inf, 3, 0, -3]])
     profile = lag_profile(curves, low=0, high=1)
     assert profile["lag_steps"].tolist() == [1, 2, 3]
-    np.testing.assert_allclose(profile["norm_decades"], [0, -2, -4], atol=1e-12)
-    np.testing.assert_allclose(profile["norm_low_decades"], [0, -3, -6], atol=1e-12)
-    np.testing.assert_allclose(profile["norm_high_decades"], [0, -1, -2], atol=1e-12)
+    np.testing.assert_allclose(profile["norm_decades"], [0, -2, -4], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(profile["norm_low_decades"], [0, -3, -6], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(profile["norm_high_decades"], [0, -1, -2], rtol=0, atol=1e-12)
 
 
 def test_profile_and_decay_of_sequences_of_unequal_length():
@@ -212,7 +214,7 @@ def test_profile_and_decay_of_sequences_of_unequal_length():
     fit, profile = decay(curves), lag_profile(curves)
     assert fit.rate == pytest.approx(-0.1, rel=1e-12)
     assert fit.rate_low == pytest.approx(-0.1, rel=1e-12)
-    np.testing.assert_allclose(profile["norm_decades"], -0.1 * np.arange(201) / np.log(10), atol=1e-12)
+    np.testing.assert_allclose(profile["norm_decades"], -0.1 * np.arange(201) / np.log(10), rtol=0, atol=1e-12)
     short = decay(np.where(np.arange(201) > 60, np.nan, curves[:7]))
     assert short.rate == pytest.approx(-0.1, rel=1e-12)
 
@@ -221,8 +223,8 @@ def test_quantiles_are_those_of_numpy():
     values = np.random.default_rng(0).normal(size=(11, 5))
     profile = lag_profile(values, low=0.2, high=0.77)
     relative = (values - values[:, :1]) / np.log(10)
-    np.testing.assert_allclose(profile["norm_low_decades"], np.quantile(relative, 0.2, axis=0), atol=1e-13)
-    np.testing.assert_allclose(profile["norm_high_decades"], np.quantile(relative, 0.77, axis=0), atol=1e-13)
+    np.testing.assert_allclose(profile["norm_low_decades"], np.quantile(relative, 0.2, axis=0), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(profile["norm_high_decades"], np.quantile(relative, 0.77, axis=0), rtol=0, atol=1e-13)
 
 
 def test_one_sample_has_no_interval():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import full_chip
+from conftest import KINDS, full_chip
 from numba import types
 from numba.np.numpy_support import from_dtype
 
@@ -98,13 +98,9 @@ def check(ptx, dtype, capability):
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
 
 
-#: A cell of each kind: one product; ax and ah apart; two products. The others differ from them by `step` alone.
-KINDS = ("lstm_peephole", "gru", "gru_reset_before")
-
-
 @pytest.mark.parametrize(
     ("cell", "dtype", "tier"),
-    [(c, d, t) for c in CELLS for d in ARITHMETIC for t in TIERS if t == "A" or d == "float32" or c in KINDS],
+    [(c, d, t) for c in CELLS for d in ARITHMETIC for t in TIERS if t == "A" or c in KINDS],
 )
 def test_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, tier, compiled):
     for kernel, made, arguments in kernels(CELLS[cell], dtype, tier):

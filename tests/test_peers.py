@@ -58,6 +58,8 @@ def test_a_wrong_number_is_seen():
     wrong = {name: array.copy() for name, array in exact.items()}
     wrong["bias_hh_l0"][3] *= 1.001
     assert peers.worst_error(wrong, exact) > peers.tolerance(which)
+    wrong["bias_hh_l0"][3] = np.nan  # compares with nothing, and is not the first array
+    assert not peers.worst_error(wrong, exact) <= peers.tolerance(which)
     del wrong["x"]
     with pytest.raises(ValueError, match="result lacks x"):
         peers.worst_error(wrong, exact)
@@ -95,6 +97,8 @@ def test_what_cannot_run_says_why():
         peers.prepare_rnnlab(problem(device="cuda"))
     with pytest.raises(peers.NotApplicable, match="rnnlab has no bf16 on the CPU"):
         peers.prepare_rnnlab(problem(dtype="bf16"))
+    with pytest.raises(ValueError, match="scope must be one of forward, training, step, got 'train'"):
+        problem(scope="train")
 
 
 def test_parameters_lie_in_the_order_of_the_cudnn_peer():

@@ -338,11 +338,12 @@ def test_tiles_cover_every_row_and_unit_once(group, one_row):
     for rows in (1,) if one_row else ROWS:
         for U in range(1, 2 * most + 2):
             for first, last in ((0, U), (products.share(U, most, 1, 2), U)):
-                table = np.zeros((U * rows + 1, 4), np.int64)
+                table = np.zeros((U * rows + 1, 5), np.int64)
                 vectors = 24 // group
-                count = products.list_tiles(table, 2, 2 + rows, first, last, U, most, vectors)
+                count = products.list_tiles(table, 2, 2 + rows, first, last, U, most, vectors, 7)
                 covered = np.zeros((U, rows + 3), int)
-                for unit, width, row, height in table[:count]:
+                assert (table[:count, 4] == 7).all()
+                for unit, width, row, height, _ in table[:count]:
                     assert width == width_at(unit, U, most)
                     assert width * height <= vectors
                     covered[unit : unit + width, row : row + height] += 1

@@ -452,6 +452,11 @@ def test_backward_names_what_is_wrong(d_output, d_final, error, message):
 def test_nothing_goes_back_through_a_trace_that_was_not_kept():
     net = LSTM(3, 6, dtype="float64")
     trace = net.forward(GOOD["x"], keep=False)
+    stacked, both_ways = Recurrent("gru", 3, 3, 2), Recurrent("gru", 3, 3, bidirectional=True)
+    with pytest.raises(
+        ValueError, match=r"trace must be one of Recurrent\('gru', 3, 3, 1, bias=True, bidirectional=True"
+    ):
+        both_ways.backward(stacked.forward(np.zeros((2, 1, 3), np.float32)), np.zeros((2, 1, 6), np.float32))
     with pytest.raises(ValueError, match=r"trace must come from forward\(…, keep=True\), got one made with keep=False"):
         net.backward(trace, np.zeros((5, 4, 6)))
 

@@ -157,7 +157,8 @@ def test_a_data_set_gives_each_sequence_once_an_epoch(every):
 
 def test_bad_arguments_are_named():
     for arguments, message in (
-        (("addition", 30, 4), "name must be one of adding"),
+        (("addition", 30, 4), "task must be one of adding"),
+        ((dataset(np.zeros((5, 3, 2)), np.zeros(3, int)), 5, 4), "task must be synthetic"),
         (("temporal_order", 9, 4), "length must be at least 10 for temporal_order, got 9"),
         (("adding", 30.0, 4), "length must be an integer"),
         (("adding", 30, 0), "batch must be an integer of at least 1"),
@@ -170,6 +171,7 @@ def test_bad_arguments_are_named():
         ((x, labels[:2]), {}, r"targets must be integers from 0 of shape \(3,\)"),
         ((x, labels - 1), {}, "targets must be integers from 0"),
         ((x, labels), {"output_size": 2}, "output_size must be at least 3"),
+        ((x, x[0]), {"loss": "mse", "output_size": 3}, "output_size must be 2 for these targets, got 3"),
         ((x, labels), {"topology": "many_to_many"}, r"of shape \(5, 3\)"),
         ((x, labels), {"topology": "one_to_one"}, r"x must have shape \(1, N, I\)"),
         ((x, labels), {"topology": "one_to_six"}, "topology must be one of one_to_one"),

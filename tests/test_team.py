@@ -19,6 +19,7 @@ from numba import njit
 from rnnlab import CELLS
 from rnnlab.kernels import LayerWeights, cpu, team
 from rnnlab.kernels.calls import Bound, bind, borrow, job, perform
+from rnnlab.kernels.compiling import _Files
 from rnnlab.kernels.simd import VECTOR_BYTES
 from rnnlab.timing import usable_cores
 
@@ -392,6 +393,24 @@ def test_kernels_from_the_cache_compute_what_they_did_in_the_process_that_compil
     width = VECTOR_BYTES // 4
     assert compiled == [f"0 {width - 1} {2 * width - 1} {3 * width - 1} 0.0 10.0 35.0 60.0"]
     assert loaded[1] == "1" + compiled[0][1:]
+
+
+def test_two_types_of_one_kernel_are_kept_in_files_of_their_own(tmp_path):
+    """Processes that compile for two types at once must not take one file for both: its name says what it holds."""
+    files = [_Files(str(tmp_path), "kernel", stamp) for stamp in ("old", "new", "new")]
+    files[0].save("float32", "old code")
+    files[1].save("float32", "float32 code")
+    files[2]._load_index = dict  # what a process sees that looked before the other one wrote
+    files[2].save("float64", "float64 code")
+    del files[2]._load_index
+    assert files[2].load("float64") == "float64 code"
+    assert files[1].load("float32") is None  # to be compiled again, and never another one's
+    files[1].save("float32", "float32 code")
+    assert [files[0].load("float32"), files[1].load("float32"), files[2].load("float64")] == [
+        None,
+        "float32 code",
+        "float64 code",
+    ]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

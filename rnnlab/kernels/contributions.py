@@ -130,7 +130,7 @@ def _kernel(cell: Cell, dtype):
         pack_columns(packed, 0, weight_hh[: HEAD * H], 1, 1, MANY, 0, units)
         if RESET:
             pack_columns(packed_last, 0, weight_hh[HEAD * H :], 1, 1, MANY, 0, units)
-        count, most = list_tiles(tiles, 0, B, 0, units, units, MANY, VECTORS), stride // (B * row)
+        count, most = list_tiles(tiles, 0, B, 0, units, units, MANY, VECTORS, V), stride // (B * row)
         for first in range(0, len(at), most):
             last, active = min(first + most, len(at)), 0
             for k in range(at[first], -1, -1):
@@ -144,7 +144,7 @@ def _kernel(cell: Cell, dtype):
                 kept, rows = k * units * B * KS * V, active * B
                 for n in range(active * count):
                     tile, here, there = tiles[n % count], n // count * B * row, n // count * B * wide
-                    one = tile[0], tile[1], tile[2], tile[3]
+                    one = tile[0], tile[1], tile[2], tile[3], tile[4]
                     load(panel, NEW, R, carry, here, S, of_carry, one, H)
                     load(panel, SAVED, R, flat_saved, kept, K, of_saved, one, H)
                     load_rows(panel, PEEPHOLE, R, peephole, 0, P, (H, 0, V), one, H)
@@ -163,7 +163,7 @@ def _kernel(cell: Cell, dtype):
                     )  # fmt: skip
                     for n in range(active * count):
                         tile, here = tiles[n % count], n // count * B * row
-                        one = tile[0], tile[1], tile[2], tile[3]
+                        one = tile[0], tile[1], tile[2], tile[3], tile[4]
                         load(panel, NEW, R, d_reset, here, 1, of_carry, one, H)
                         load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, one, H)
                         load(panel, OLD, R, carry, here, 1, of_carry, one, H)
@@ -196,7 +196,7 @@ def _room(cell: Cell, B: int, H: int, most: int, dtype: np.dtype[Any]) -> tuple[
     sizes = *carried, rows * _width(cell) * H, G * H, B, backward_panel(cell, V)[1][-1]
     *work, panel = (empty((size,), dtype) for size in sizes)
     panel[:] = 0  # lanes past H, which nobody reads, should at least not trap in denormals
-    return (*work, panel, np.zeros(rows, np.int64), np.empty((row // V * B, 4), np.int64))
+    return (*work, panel, np.zeros(rows, np.int64), np.empty((row // V * B, 5), np.int64))
 
 
 def contributions(

@@ -72,7 +72,7 @@ _CHUNK = 256
 
 @njit
 def _tile(table, k):
-    return table[k, 0], table[k, 1], table[k, 2], table[k, 3]
+    return table[k, 0], table[k, 1], table[k, 2], table[k, 3], table[k, 4]
 
 
 @njit
@@ -142,9 +142,10 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
             v0, v1 = u0, u1
         shortest = lengths.min()
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
-        first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS)
-        last_count = list_tiles(last_tiles, first, last, w0, min(w1, whole), whole, most_last, VECTORS)
-        last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS)
+        first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS, V)
+        last_count = list_tiles(last_tiles, first, last, w0, min(w1, whole), whole, most_last, VECTORS, V)
+        # The cell takes a last unit that fills no vector as dense as its gates lie.
+        last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS, H % V)
         for k in range(last_count):
             load_rows(panel, OLD, R, flat_state, 0, S, of_state, _tile(last_tiles, k), H)
             store(panel, OLD, R, work, CARRIED, S, of_carried, _tile(last_tiles, k), H)
@@ -446,7 +447,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             wait_for_all(counter, parties)
         first, last = (0, B) if by_units else (B * rank // parties, B * (rank + 1) // parties)
         u0, u1 = _shares(units, most, rank, parties) if by_units else (0, units)
-        shortest, count = lengths.min(), list_tiles(tiles, first, last, u0, u1, units, most, VECTORS)
+        shortest, count = lengths.min(), list_tiles(tiles, first, last, u0, u1, units, most, VECTORS, V)
 
         after = 0  # where dah of the step behind lies
         for c in range((T + chunk - 1) // chunk - 1, -1, -1):
@@ -685,7 +686,7 @@ def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dt
     lanes = VECTOR_BYTES // dtype.itemsize
     first = -(-places[-1] // lanes) * lanes
     memory, panel = empty((first + parties * -(-panel // lanes) * lanes,), dtype), -(-panel // lanes) * lanes
-    tables = np.empty((parties, 2, -(-H // lanes) * B, 4), np.int64)
+    tables = np.empty((parties, 2, -(-H // lanes) * B, 5), np.int64)
     return memory[:first], places, memory[first:].reshape(parties, panel), tables
 
 

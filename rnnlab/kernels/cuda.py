@@ -37,7 +37,7 @@ from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, dev
 xp: Any = np if SIMULATED or importlib.util.find_spec("cupy") is None else importlib.import_module("cupy")
 
 __all__ = ["Launch", "backward", "capture", "chip", "chunk_steps", "direct", "forward", "jacobian", "limits", "on_host"]
-__all__ += ["prepare_backward", "prepare_forward", "warmup"]
+__all__ += ["prepare_backward", "prepare_forward"]
 
 #: The exponent of a step at which all is zero so far.
 _NONE = -(2**40)

@@ -75,7 +75,8 @@ def moves(V, whole):
     """Return (load, store) between a panel and memory: of `whole` vectors, or of rows that end after H numbers.
 
     Both move `count` numbers of every unit of a tile; strides lead to the next number, row and unit in memory. In the
-    panel the k-th number begins at + k·region.
+    panel the k-th number begins at + k·region, and units follow each other `lanes` numbers apart: where these are fewer
+    than V, the next unit lies over what a vector has behind them, and in memory anything comes to lie there.
     """
     return _moves(V, whole, True), _moves(V, whole, False)
 
@@ -84,7 +85,7 @@ def moves(V, whole):
 def _moves(V, whole, loading):
     @part(V, whole, loading)
     def moves(panel, at, region, memory, begin, count, strides, tile, H):
-        unit, width, row, rows = tile
+        unit, width, row, rows, lanes = tile
         i = at
         for r in range(row, row + rows):
             for u in range(unit, unit + width):
@@ -94,7 +95,7 @@ def _moves(V, whole, loading):
                         move(panel, i + k * region, memory, here + k * strides[0], n)
                     else:
                         move(memory, here + k * strides[0], panel, i + k * region, n)
-                i += V
+                i += lanes
 
     return moves
 
@@ -102,7 +103,7 @@ def _moves(V, whole, loading):
 @part()
 def bring(memory, begin, count, strides, tile):
     """Have the memory of a load or store brought near."""
-    unit, width, row, rows = tile
+    unit, width, row, rows, _ = tile
     for r in range(row, row + rows):
         for u in range(unit, unit + width):
             for k in range(count):
@@ -118,30 +119,31 @@ def store_gates(V):
 
     @part(V)
     def store_gates(panel, at, region, target, to, count, stride, tile, H):
-        unit, width, row, rows = tile
+        unit, width, row, rows, lanes = tile
         i = at
         for r in range(row, row + rows):
             for u in range(unit, unit + width):
                 here, n = to + r * stride + u * count * V, min(V, H - u * V)
                 for k in range(count):
                     move(target, here + k * n, panel, i + k * region, n)
-                i += V
+                i += lanes
 
     return store_gates
 
 
 @cache
 def spread_gates(gates, V):
-    """Build the inverse of what gates share: the gates of a unit in `memory`, `lanes` numbers each, as whole vectors.
+    """Build the inverse of what gates share: the gates of a unit in `memory`, `lanes` numbers each, one row's behind
+    another's.
 
-    Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, which nobody reads.
+    Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, over which the next row comes.
     """
 
     @part(gates, V)
     def spread_gates(panel, to, region, memory, begin, stride, rows, lanes):
         for i in range(rows):
             for g in range(gates):
-                move(panel, to + g * region + i * V, memory, begin + i * stride + g * lanes, V)
+                move(panel, to + g * region + i * lanes, memory, begin + i * stride + g * lanes, V)
 
     return spread_gates
 
@@ -209,17 +211,19 @@ def _nothing(count, dtype):
 def _by_length(step, hold, V, *key):
     """Build what takes the step of a tile at time t: `step` for sequences that go on, `hold` for those that ended.
 
-    Both are loops over so many numbers of each region of a panel; `shortest` is the least of `lengths`.
+    Both are loops over so many numbers of each region of a panel; `shortest` is the least of `lengths`. They take whole
+    vectors: what a row leaves of the next one is written again with that one.
     """
 
     @part(*key, forceinline=True)
     def by_length(panel, tile, t, lengths, shortest):
-        size, rows = tile[1] * V, tile[3] if t < shortest else 1
+        size, rows = tile[1] * tile[4], tile[3] if t < shortest else 1
+        count = (rows * size + V - 1) // V * V
         for b in range(0, tile[3], rows):
             if t < lengths[tile[2] + b]:
-                step(panel[b * size :], rows * size)
+                step(panel[b * size :], count)
             else:
-                hold(panel[b * size :], rows * size)
+                hold(panel[b * size :], count)
 
     return by_length
 

@@ -87,17 +87,18 @@ def rows_at(width, group, rows):
 
 
 @njit
-def list_tiles(table, first, last, first_unit, last_unit, units, most, vectors):
-    """Write tiles of rows first…last and units first_unit…last_unit: unit, width, row, rows; return how many.
+def list_tiles(table, first, last, first_unit, last_unit, units, most, vectors, lanes):
+    """Write tiles of rows first…last and units first_unit…last_unit: unit, width, row, rows, lanes; return how many.
 
-    A tile has `vectors` vectors of a gate at the most: the product fills them by as many tiles as registers hold.
+    `lanes` is how far units lie apart in a panel. A tile has `vectors` vectors of a gate at the most: the product fills
+    them by as many tiles as registers hold.
     """
     n, unit = 0, first_unit
     while unit < last_unit:
         width, row = width_at(unit, units, most), first
         while row < last:
             rows = min(last - row, vectors // width)
-            table[n, 0], table[n, 1], table[n, 2], table[n, 3] = unit, width, row, rows
+            table[n, 0], table[n, 1], table[n, 2], table[n, 3], table[n, 4] = unit, width, row, rows, lanes
             n, row = n + 1, row + rows
         unit += width
     return n

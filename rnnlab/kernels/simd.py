@@ -147,8 +147,8 @@ def tile(rows, units, group, dtype):
 
         out[r·o_row + u·o_unit + g·o_gate + v] = start[r·s_row + m] + Σ_k a[r·a_row + k·a_k] · b[k·C·V + m],  k < count
 
-    where out, start, a and b are addresses of numbers of `dtype`, count ≥ 1. No bounds are checked. Each number sums its
-    k in order, whatever the tile: results do not depend on how rows and columns are cut into tiles.
+    where out, start, a and b are addresses of numbers of `dtype`, count ≥ 1. No bounds are checked. Each number
+    sums its k in order, whatever the tile: results do not depend on how rows and columns are cut into tiles.
     """
     cells = [(r, u, g) for r in range(rows) for u in range(units) for g in range(group)]
 
