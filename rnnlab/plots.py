@@ -150,8 +150,8 @@ def shares(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, order: Se
         ends = [part[y] - part[f"low_{y}"], part[f"high_{y}"] - part[y]]
         ax.errorbar(at, part[y], ends, fmt="o-", color=colour, markersize=4, capsize=2, label=_words(f"{shade}"))
     ax.set_xticks(range(len(ticks)), ticks)
-    ax.set(ylim=(-0.05, 1.05), xlabel=_words(x))
-    ax.legend(title=_words(hue), fontsize=8, title_fontsize=8)
+    ax.set(ylim=(-0.05, 1.22), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1], xlabel=_words(x))  # room for the legend
+    ax.legend(title=_words(hue), fontsize=8, title_fontsize=8, loc="upper center", ncols=len(order))
 
 
 def tiles(ax: Axes, frame: pd.DataFrame, *, rows: Sequence[str], column: str, value: str) -> None:
