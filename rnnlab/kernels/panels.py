@@ -133,8 +133,7 @@ def store_gates(V):
 
 @cache
 def spread_gates(gates, V):
-    """Build the inverse of what gates share: the gates of a unit in `memory`, `lanes` numbers each, one row's behind
-    another's.
+    """Build the inverse of what gates share: `lanes` numbers a gate in `memory` become rows that lie as close.
 
     Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, over which the next row comes.
     """
