@@ -84,15 +84,21 @@ def sample_task(
     They are shaped as `SequenceModel` takes them; T is `length` and the task's extra steps. Raises ValueError for an
     unknown name, a task of given arrays and sizes out of range.
     """
-    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
-    if task.arrays:
-        raise ValueError(f"task must be synthetic, got the given arrays of {task.name}")
+    task = synthetic(task)
     T, B = check_steps(task, length), check_integer("batch", batch)
     rng = seed if isinstance(seed, np.random.Generator) else generator(seed, task.name)
     x, targets = np.empty((T, B, task.input_size), check_dtype("dtype", dtype)), target_rows(task, T, B, dtype)
     task.generate(rng, x, targets, np.full(B, T), np.zeros(1, np.int64), ())
     shape = (T, B) if task.topology == "many_to_many" else (B,)
     return x, targets.reshape(shape if task.loss == "cross_entropy" else (*shape, task.output_size))
+
+
+def synthetic(task: str | Task) -> Task:
+    """Return a synthetic task, one of `TASKS` by name or itself. Raises ValueError for one of given arrays."""
+    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    if task.arrays:
+        raise ValueError(f"task must be synthetic, got the given arrays of {task.name}")
+    return task
 
 
 def check_steps(task: Task, length: Any) -> int:

@@ -147,7 +147,7 @@ def resting_rate(cell: str, gain: float, forget_bias: float = 0.0) -> float:
     radius g: ρ = a + b·g, with a = σ(forget_bias) of f or z and b what h adds to the new state, ¼ for an LSTM and
     ½·(1 − a) for a GRU or a coupled LSTM. No other bias (Can, Krishnamurthy & Schwab 2020). Weak inputs change it
     little; above 0 the network does not stay at rest. Raises ValueError for a cell that is none of rnn_tanh, lstm,
-    lstm_coupled, gru, gru_reset_before, and for a forget_bias of rnn_tanh, which has no such gate.
+    lstm_coupled, gru, gru_reset_before; rnn_tanh has no gate and ignores `forget_bias`.
     """
     keep, through = _at_rest(cell, gain, forget_bias)
     return _log(keep + through)
@@ -172,13 +172,9 @@ def resting_gradient(cell: str, gain: float, lags: int, forget_bias: float = 0.0
 def _at_rest(cell: str, gain: float, forget_bias: float) -> tuple[float, float]:
     """Return a and b·g of J = a + b·W."""
     check_choice("cell", cell, ("rnn_tanh", *_KEEPING))
-    radius, bias = (
-        check_number("gain", gain, 0, math.inf),
-        check_number("forget_bias", forget_bias, -math.inf, math.inf),
-    )
+    radius = check_number("gain", gain, 0, math.inf)
+    bias = check_number("forget_bias", forget_bias, -math.inf, math.inf)
     if cell == "rnn_tanh":
-        if bias:
-            raise ValueError(f"forget_bias belongs to gated cells, got {forget_bias!r} for rnn_tanh")
         return 0.0, radius
     keep, lose = (math.exp(forget_gate_rate(sign * bias)) for sign in (1, -1))
     return keep, radius * (0.25 if cell == "lstm" else 0.5 * lose)

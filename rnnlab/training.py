@@ -27,7 +27,7 @@ from .model import LAST, SequenceModel
 from .optim import Optimiser
 from .params import Params
 from .rnn import past_end
-from .tasks import TASKS, Task, check_steps, sample_task, target_rows
+from .tasks import TASKS, Task, check_steps, sample_task, synthetic, target_rows
 
 __all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train"]
 
@@ -339,7 +339,7 @@ def train(
 
 def error_rate(model: SequenceModel, task: str | Task, length: int, *, sequences: int = 10_000, seed: int = 0) -> float:
     """Return the share of fresh sequences of a synthetic task of which not every prediction is right."""
-    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    task = synthetic(task)
     _check_task(model, task, length)
     rng, wrong, batch = generator(seed, "evaluation"), 0, 500
     for start in range(0, check_integer("sequences", sequences), batch):

@@ -270,5 +270,5 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="clipping within BPTT needs inputs that are given, got topology one_to_many"):
         clipped_gradients(generating, np.zeros((1, 2, 2)), np.zeros((3, 2, 2)), PerTimeStep(1.0))
     two = SequenceModel(Recurrent("lstm", 2, 5, bidirectional=True, seed=0), 2, "many_to_one", "mse", seed=0)
-    with pytest.raises(ValueError, match="model must have biases and one direction"):
+    with pytest.raises(ValueError, match="model must have biases, one direction"):
         energy_removed(two, np.zeros((3, 2, 2), "float32"), np.zeros((2, 2), "float32"), ByValue(1.0))

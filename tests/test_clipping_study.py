@@ -50,7 +50,7 @@ def test_run_says_what_became_of_each_network(frame):
 
 
 def test_a_network_that_diverges_is_recorded():
-    point = SMALL | {"part": "solved", "optimiser": "SGD", "learning_rate": 1e30, "rule": "none", "threshold": None}
+    point = SMALL | {"part": "solved", "optimiser": "SGD", "learning_rate": 3e38, "rule": "none", "threshold": None}
     *ends, share = clipping.run(point | {"updates": 300})
     assert {end["outcome"] for end in ends} == {"diverged"}
     assert share["success"] == 0

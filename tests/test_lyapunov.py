@@ -231,7 +231,7 @@ def test_diverging_network_is_named():
     ("change", "error", "message"),
     [
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
-        ({"transient": -1}, ValueError, "transient must be an integer of at least 1, got -1"),
+        ({"transient": -1}, ValueError, "transient must be an integer of at least 0, got -1"),
         ({"interval": 0}, ValueError, "interval"),
         ({"exponents": 5}, ValueError, "exponents must be at most the size of the state, 4, got 5"),
         ({"x": np.zeros((9, 1, 2))}, ValueError, r"x must have at least transient \+ steps = 15 steps, got 9"),

@@ -441,7 +441,7 @@ def test_a_task_is_learned_and_the_run_stops():
     """A class shown at the first three of twelve steps, under noise: chance is one half."""
     model = learner("rnn_tanh", "noisy_recall", seed=1)
     assert 0.3 < error_rate(model, "noisy_recall", 12, sequences=1000) < 0.7
-    given = dataset(np.zeros((12, 3, 1), np.float32), np.array([0, 1, 1]), name="recalled")
+    given = dataset(np.zeros((12, 3, 1), model.rnn.dtype), np.array([0, 1, 1]), name="recalled")
     with pytest.raises(ValueError, match="task must be synthetic, got the given arrays of recalled"):
         error_rate(model, given, None)
     log = train(
@@ -529,7 +529,7 @@ def test_bad_arguments_of_a_run_are_named():
     ):
         with pytest.raises(kind, match=message):
             train(model, task, SGD(0.1), **(good | options))
-    with pytest.raises(ValueError, match="task must be one of adding"):
+    with pytest.raises(ValueError, match="task must be synthetic, got the given arrays of dataset"):
         error_rate(model, data, LENGTH)
 
 
