@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
 import benchmarks.__main__ as tidying  # noqa: E402
-from benchmarks import shapes  # noqa: E402
+from benchmarks import bench_peers, shapes  # noqa: E402
 
 
 def stored(folder, commit, value):
@@ -35,6 +35,16 @@ def stored(folder, commit, value):
     (folder / "machine-a" / f"{commit}-env.json").write_text(json.dumps(result))
     described = {"bench.Layers.time": {"param_names": ["cell", "shape"], "unit": "seconds"}, "version": 2}
     (folder / "benchmarks.json").write_text(json.dumps(described))
+
+
+@pytest.mark.filterwarnings("default")  # what a peer says while it is imported
+@pytest.mark.parametrize("track", ["track_ratio_forward", "track_ratio_training"])
+def test_the_ratio_to_a_peer_is_tracked(track, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench_peers, "PEERS", {"torch": bench_peers.PEERS["torch"]})
+    suite = bench_peers.Peers()
+    suite.setup("rnn_tanh", "T100_B1_H32")
+    assert getattr(suite, track)("rnn_tanh", "T100_B1_H32") > 0
 
 
 def test_stored_results_become_one_table(tmp_path):
