@@ -84,10 +84,8 @@ def _names(module: str, accepted: str) -> Callable[[click.Context, click.Paramet
     """Return the callback of an option that takes names of `rnnlab.module.accepted`, separated by commas."""
 
     def split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-        names, known = (
-            tuple(dict.fromkeys(value.split(","))),
-            tuple(getattr(importlib.import_module(f"rnnlab.{module}"), accepted)),
-        )
+        names = tuple(dict.fromkeys(value.split(",")))
+        known = tuple(getattr(importlib.import_module(f"rnnlab.{module}"), accepted))
         if unknown := [name for name in names if name not in known]:
             raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(known)}")
         return names

@@ -208,6 +208,9 @@ class _Worker(threading.Thread):
 _workers: list[_Worker] = []
 _mails = _counters(1024 * _MAIL)
 
+#: What the threads of the call at work wait at.
+_counter = _counters(1)
+
 #: Held by the call whose threads are at work: those of two calls could wait for each other for ever.
 _busy = threading.Lock()
 
@@ -269,7 +272,8 @@ def run_together(kernel: Callable[..., Any], arguments: tuple[Any, ...], parties
         return
     try:
         _wake(parties - 1)
-        kernel(arguments, _counters(1), _mails, parties, by_units, 0)
+        _counter[0] = 0
+        kernel(arguments, _counter, _mails, parties, by_units, 0)
     finally:
         for worker in _workers:
             worker.expected = False
