@@ -95,7 +95,8 @@ def interleave(
     no sample is much shorter. As many rounds run as fit into `seconds`, but no fewer and no more than `rounds`.
 
     The threads of one library go on spinning for milliseconds when their work is done, and would take the core of the
-    next: before each sample everyone sleeps for `pause` seconds, and the call runs once untimed. The order alternates.
+    next: before each sample everyone sleeps until all are quiet for `pause` seconds, and the call runs once untimed.
+    The order alternates.
     """
     repeats = {}
     for name, call in calls.items():
@@ -107,11 +108,20 @@ def interleave(
     while count < rounds[0] or (count < rounds[1] and time.perf_counter() - start < seconds):
         names = list(calls) if count % 2 == 0 else list(calls)[::-1]
         for name in names:
-            time.sleep(pause)
+            _wait_until_quiet(pause)
             calls[name]()
             samples[name].append(_repeated(calls[name], repeats[name], clock))
         count += 1
     return {name: np.array(values) for name, values in samples.items()}
+
+
+def _wait_until_quiet(pause: float, most: float = 1.0) -> None:
+    """Sleep `pause` seconds at a time until this process takes under a tenth of one core, for `most` seconds at most."""
+    start, busy = time.perf_counter(), pause
+    while busy > 0.1 * pause and time.perf_counter() - start < most:
+        before = time.process_time()
+        time.sleep(pause)
+        busy = time.process_time() - before
 
 
 def _repeated(call: Callable[[], Any], count: int, clock: Clock) -> float:

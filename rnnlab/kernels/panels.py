@@ -12,8 +12,8 @@ import numpy as np
 from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part
-from .products import blocks, rows_at
-from .simd import VECTOR_BYTES, address, move, prefetch
+from .products import blocks
+from .simd import VECTOR_BYTES, address, move, prefetch, use_whole_registers
 
 __all__ = [
     "backward_panel",
@@ -151,21 +151,17 @@ def spread_gates(gates, V):
 def tile_product(group, dtype, V, region):
     """Build the product of a tile of rows of `a` with packed panels of `group` gates, gate g at panel[to + g·region].
 
-    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`, which takes the rows in turn.
+    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`.
     """
     block = blocks(group, dtype)
 
     @part(group, dtype, region)
     def product(panel, to, start, s0, s_row, a, a0, a_row, packed, b0, depth, tile):
-        unit, width, row, last = tile[0], tile[1], tile[2], tile[2] + tile[3]
-        while row < last:
-            rows = rows_at(width, group, last - row)
-            block(
-                width, address(panel, to), width * V, V, region,
-                address(start, s0 + row * s_row + unit * group * V), s_row, address(a, a0 + row * a_row), a_row, 1,
-                address(packed, b0 + unit * group * V * depth), depth, rows,
-            )  # fmt: skip
-            row, to = row + rows, to + rows * width * V
+        unit, width, row, rows, _ = tile
+        block(
+            width, address(panel, to), width * V, V, region, address(start, s0 + row * s_row + unit * group * V), s_row,
+            address(a, a0 + row * a_row), a_row, 1, address(packed, b0 + unit * group * V * depth), depth, rows,
+        )  # fmt: skip
 
     return product
 
@@ -238,6 +234,7 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
 
     @_loop(cell.name, dtype, keep)
     def forward_step(panel, count):
+        use_whole_registers()
         for v in range(count):
             ax = take_gates(panel, v + (SUM if JOINT else AX), R)
             ah = nothing if JOINT else take_gates(panel, v + SUM, R)
@@ -248,6 +245,7 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
 
     @_loop(cell.name, dtype, keep)
     def forward_hold(panel, count):
+        use_whole_registers()
         for v in range(count):
             put_states(panel, v + NEW, R, take_states(panel, v + OLD, R))
             put_saved(panel, v + SAVED, R, zeros)
@@ -264,6 +262,7 @@ def forward_reset(cell: Cell, dtype, V: int):
 
     @_loop(cell.name, dtype)
     def forward_reset(panel, count):
+        use_whole_registers()
         for v in range(count):
             new, partials = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
             put(panel, v + NEW, R, (new,))
@@ -271,6 +270,7 @@ def forward_reset(cell: Cell, dtype, V: int):
 
     @_loop(cell.name, dtype)
     def reset_hold(panel, count):
+        use_whole_registers()
         for v in range(count):
             put(panel, v + NEW, R, (zero,))
             put_kept(panel, v + SAVED, R, (zero, zero))
@@ -294,6 +294,7 @@ def backward_step(cell: Cell, V: int, whole: bool):
 
     @_loop(cell.name, V, whole)
     def backward_step(panel, count):
+        use_whole_registers()
         for v in range(count):
             if not WHOLE:
                 put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
@@ -311,6 +312,7 @@ def backward_step(cell: Cell, V: int, whole: bool):
 
     @_loop(cell.name, V, whole)
     def backward_hold(panel, count):
+        use_whole_registers()
         for v in range(count):
             put_gates(panel, v + DAX, R, no_gates)
             if not JOINT:
@@ -334,6 +336,7 @@ def backward_reset(cell: Cell, V: int):
 
     @_loop(cell.name, V)
     def backward_reset(panel, count):
+        use_whole_registers()
         for v in range(count):
             da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + NEW, R)[0])
             put(panel, v + DAX, R, (da,))

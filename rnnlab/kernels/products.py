@@ -105,48 +105,33 @@ def list_tiles(table, first, last, first_unit, last_unit, units, most, vectors, 
 
 
 @cache
-def _block(units, group, dtype, sizes):
-    """Build the choice among tiles of `sizes` rows. Arguments as `tile`, and the rows."""
-    size, one = sizes[0], tile(sizes[0], units, group, dtype)
-    smaller = _block(units, group, dtype, sizes[1:]) if sizes[1:] else None
-
-    @part(size, units, group, dtype)
-    def block(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
-        if smaller is None or rows == size:
-            one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth)
-        else:
-            smaller(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
-
-    return block
-
-
-@cache
-def _widths(group, dtype, width):
-    """Build the choice among panels of `width` units and narrower ones."""
-    sizes = tuple(r for r in (8, 6, 4, 2, 1) if r * width * group <= ACCUMULATORS)
-    one = _block(width, group, dtype, (1,) if width > panel_units(group) else sizes)
-    narrower = _widths(group, dtype, width // 2) if width > 1 else None
-
-    @part(width, group, dtype)
-    def block(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
-        if narrower is None or w == width:
-            one(out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
-        else:
-            narrower(w, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows)
-
-    return block
-
-
-@cache
 def blocks(group, dtype):
-    """Build `block(width, …, rows)`, the tile of that size: one that `width_at` and `rows_at` give. Else as `tile`."""
-    block = _widths(group, dtype, panel_units(group, one_row=True))
+    """Build the product of many rows with one panel, tile by tile: block(width, …, rows), else as `tile`.
+
+    One function holds all tiles: a call for each, with a dozen numbers to hand on, took a tenth of a small product.
+    """
+    widths = sorted({panel_units(group) >> k for k in range(3)} - {0}, reverse=True)
+    shapes = [(w, r) for w in widths for r in (8, 6, 4, 2, 1) if r * w * group <= ACCUMULATORS]
+    shapes.append((panel_units(group, one_row=True), 1))
+    space = {f"tile_{w}_{r}": tile(r, w, group, dtype) for w, r in shapes} | {"rows_at": rows_at}
+    numbers = "out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth"
+    exec(
+        "\n        ".join([
+            f"def tiles(width, {numbers}, rows):\n    while rows > 0:",
+            f"count = rows_at(width, {group}, rows)",
+            *(f"if width == {w} and count == {r}: tile_{w}_{r}({numbers})" for w, r in shapes),
+            *(f"{name} += count * {name[0]}_row * {dtype.itemsize}" for name in ("out", "start", "a")),
+            "rows -= count",
+        ]),
+        space,
+    )  # fmt: skip
+    tiles = part(group, dtype)(space["tiles"])
     number = np.int64  # a constant is a type of its own to Numba, which would compile all tiles anew for each
 
-    @part(group, dtype)
+    @part(group, dtype, forceinline=True)
     def blocks(width, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth, rows):
         strides = number(o_row), number(o_unit), number(o_gate), number(s_row), number(a_row), number(a_k)
-        block(width, out, *strides[:3], start, strides[3], a, *strides[4:], b, depth, rows)
+        tiles(width, out, *strides[:3], start, strides[3], a, *strides[4:], b, depth, rows)
 
     return blocks
 
@@ -157,22 +142,17 @@ def multiply(group, dtype):
 
     For r < rows: out[r·o_row + …] = start[r·s_row + …] + (row r of a)·B.
     """
-    block, most, size, lanes = blocks(group, dtype), panel_units(group), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
+    block, most, lanes = blocks(group, dtype), panel_units(group), VECTOR_BYTES // dtype.itemsize
 
     @part(group, dtype)
     def multiply(out, o_row, start, s_row, a, a_row, packed, depth, rows, first, last, units):
         unit = first
         while unit < last:
             width, at = width_at(unit, units, most), unit * group * VECTOR_BYTES
-            r = 0
-            while r < rows:
-                count = rows_at(width, group, rows - r)
-                block(
-                    width, out + at + r * o_row * size, o_row, group * lanes, lanes,
-                    start + at + r * s_row * size, s_row, a + r * a_row * size, a_row, 1, packed + at * depth,
-                    depth, count,
-                )  # fmt: skip
-                r += count
+            block(
+                width, out + at, o_row, group * lanes, lanes, start + at, s_row, a, a_row, 1, packed + at * depth,
+                depth, rows,
+            )  # fmt: skip
             unit += width
 
     return multiply
@@ -213,7 +193,7 @@ def multiply_columns(dtype):
             width, r = width_at(unit, units, most), 0
             b, whole = packed + unit * VECTOR_BYTES * depth, columns - unit * V >= width * V
             while r < rows:
-                at, source, count = to + r * columns + unit * V, a + r * a_row * size, rows_at(width, 1, rows - r)
+                at, source, count = to + r * columns + unit * V, a + r * a_row * size, rows if whole else min(V, rows - r)
                 if whole:
                     block(width, address(out, at), columns, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
                 else:
@@ -311,7 +291,7 @@ def pack_columns(target, at, weight, gates, kept, most, first, last):
 
 def scratch_size(columns: int, lanes: int) -> int:
     """Return the numbers of scratch that `add_transposed` takes for results of so many columns."""
-    return ((-(-columns // lanes) + STRIPS) * DEPTH + ACCUMULATORS) * lanes
+    return ((-(-columns // lanes) + STRIPS) * DEPTH + lanes * _PANEL) * lanes
 
 
 @njit
@@ -358,18 +338,18 @@ def add_transposed(dtype):
                     panel, lanes = address(scratch, unit * V * depth), columns - unit * V
                     for s in range(count):
                         p, g = (s0 + s) // gates, (s0 + s) % gates
-                        r, valid, at = 0, min(V, H - p * V), (g * H + p * V) * columns + unit * V
-                        while which[0] <= g < which[1] and r < valid:
-                            source, to = address(scratch, left + s * DEPTH * V + r), at + r * columns
-                            n, place = rows_at(width, 1, valid - r), address(flat, to)
-                            if lanes >= width * V:
-                                block(width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, n)
-                            else:  # the last columns are fewer than a panel: added to a copy
-                                place = address(scratch, corner)
-                                copy_in(scratch, corner, flat, to, columns, width, n, lanes)
-                                block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, n)
-                                copy_out(flat, to, columns, scratch, corner, width, n, lanes)
-                            r += n
+                        if not which[0] <= g < which[1]:
+                            continue
+                        source, valid = address(scratch, left + s * DEPTH * V), min(V, H - p * V)
+                        to = (g * H + p * V) * columns + unit * V
+                        if lanes >= width * V:
+                            place = address(flat, to)
+                            block(width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, valid)
+                        else:  # the last columns are fewer than a panel: added to a copy
+                            place = address(scratch, corner)
+                            copy_in(scratch, corner, flat, to, columns, width, valid, lanes)
+                            block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, valid)
+                            copy_out(flat, to, columns, scratch, corner, width, valid, lanes)
                     unit += width
 
     return add_transposed

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 __all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move", "prefetch", "run_chains", "tile"]
+__all__ += ["use_whole_registers"]
 
 
 #: LLVM's name of this CPU.
@@ -133,6 +134,17 @@ def address(typing_context, array, index):
         return builder.ptrtoint(pointer, arguments[1].type)
 
     return types.intp(array, types.intp), generate
+
+
+@intrinsic
+def use_whole_registers(typing_context):
+    """Have LLVM vectorise the loops of the function that calls this for all of V: for some CPUs it prefers half of it."""
+
+    def generate(context, builder, signature, arguments):
+        set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * VECTOR_BYTES}"')  # llvmlite knows no values
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 # Multiply-adds ------------------------------------------------------------------------------------------------------
