@@ -43,6 +43,9 @@ DEPTH = 256
 #: and so many strips of V rows of the result in the second-level cache.
 STRIPS = 8
 
+#: Bytes between rows up to which a strip is read where it lies: farther apart they would be too many pages.
+_NEAR = 2048
+
 #: Accumulators of the largest tile; with the vectors of the right factor they fill 32 registers.
 ACCUMULATORS = 24
 
@@ -309,13 +312,13 @@ def add_transposed(dtype):
     strip is up to V rows of out (G·H, columns), which has the order of weights: gate, unit. Strips from strips[0] to
     strips[1] are added, those of gates from which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
     """
-    block, most, V = blocks(1, dtype), panel_units(1), VECTOR_BYTES // dtype.itemsize
+    block, most, SIZE, V = blocks(1, dtype), panel_units(1), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
     copy_in, copy_out = _copies(V)
 
     @part(dtype)
     def add_transposed(out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch):
         H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
-        left, corner = units * DEPTH * V, (units + STRIPS) * DEPTH * V
+        left, corner, near = units * DEPTH * V, (units + STRIPS) * DEPTH * V, stride * SIZE <= _NEAR
         for k0 in range(0, rows, DEPTH):
             depth = min(DEPTH, rows - k0)
             unit = 0
@@ -328,7 +331,7 @@ def add_transposed(dtype):
                 unit += width
             for s0 in range(strips[0], strips[1], STRIPS):
                 count = min(STRIPS, strips[1] - s0)
-                for k in range(depth):
+                for k in range(0 if near else depth):
                     at = a0 + (k0 + k) * stride
                     for s in range(count):
                         move(scratch, left + (s * DEPTH + k) * V, a, at + strip_at(s0 + s, H, V, gates), V)
@@ -340,15 +343,18 @@ def add_transposed(dtype):
                         p, g = (s0 + s) // gates, (s0 + s) % gates
                         if not which[0] <= g < which[1]:
                             continue
-                        source, valid = address(scratch, left + s * DEPTH * V), min(V, H - p * V)
+                        source, a_k = address(scratch, left + s * DEPTH * V), V
+                        if near:
+                            source, a_k = address(a, a0 + k0 * stride + strip_at(s0 + s, H, V, gates)), stride
+                        valid = min(V, H - p * V)
                         to = (g * H + p * V) * columns + unit * V
                         if lanes >= width * V:
                             place = address(flat, to)
-                            block(width, place, columns, V, 0, place, columns, source, 1, V, panel, depth, valid)
+                            block(width, place, columns, V, 0, place, columns, source, 1, a_k, panel, depth, valid)
                         else:  # the last columns are fewer than a panel: added to a copy
                             place = address(scratch, corner)
                             copy_in(scratch, corner, flat, to, columns, width, valid, lanes)
-                            block(width, place, width * V, V, 0, place, width * V, source, 1, V, panel, depth, valid)
+                            block(width, place, width * V, V, 0, place, width * V, source, 1, a_k, panel, depth, valid)
                             copy_out(flat, to, columns, scratch, corner, width, valid, lanes)
                     unit += width
 
