@@ -177,4 +177,6 @@ def test_float32_is_computed_in_float32(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_loop_becomes_vector_code(name):
     loop, signature = float32_loop(name)
-    assert len(packed_single(loop.inspect_asm(signature))) >= {"relu": 1, "exp": 8}.get(name, 10)  # operations of each
+    assert len(packed_single(loop.inspect_asm(signature), half=True)) >= {"relu": 1, "exp": 8}.get(
+        name, 10
+    )  # operations of each

@@ -1,6 +1,7 @@
 """The CPU kernels of every cell: forward, gradients and Jacobian against the textbook; types and instructions."""
 
 import itertools
+import platform
 import re
 from functools import cache
 
@@ -25,6 +26,7 @@ from numba.np.numpy_support import from_dtype
 from rnnlab import CELLS, Recurrent
 from rnnlab.kernels import LayerWeights, backend, cpu
 from rnnlab.kernels.simd import VECTOR_BYTES
+from rnnlab.timing import wall_clock
 
 #: Units in one panel of float64.
 V = VECTOR_BYTES // 8
@@ -200,6 +202,44 @@ def test_scaled_adjoint_in_float32_follows_float64(cell):
     for t in (0, T // 2, T - 1):
         # Each of T products is off by a few roundings of 6e-8, which all point the same way at worst.
         assert relative_error(true[0, t], exact[0, t]) <= 4 * T * np.finfo(np.float32).eps
+
+
+def seconds_of_backward(cell, scale):
+    """The least time of ten of a backward pass over 100 steps, from a last step whose gradient is about `scale`."""
+    net, _ = random_network(cell, 2, 50, dtype="float32", scale=0.1, seed=11)
+    trace = net.forward(np.random.default_rng(12).normal(size=(100, 20, 2)).astype(np.float32))
+    d_output = np.zeros_like(trace.output)
+    d_output[-1] = scale
+    return min(wall_clock(lambda: net.backward(trace, d_output)) for _ in range(10))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="subnormal numbers cost nothing elsewhere")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_a_gradient_that_vanishes_costs_no_more_than_another(cell):
+    """Subnormal numbers took ten times as long; within twice lies what else runs on this machine."""
+    vanishing = seconds_of_backward(cell, 1e-33)
+    assert vanishing <= 2 * seconds_of_backward(cell, 1)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="subnormal numbers are kept elsewhere")
+@pytest.mark.parametrize("parties", [1, 2])
+def test_subnormal_gradients_are_zero_and_only_within_the_kernel(monkeypatch, parties):
+    """h_t = h_{t−1} / 2 from the smallest normal number: the next gradient back would be subnormal."""
+    smallest = np.finfo(np.float32).tiny
+    net = Recurrent("rnn_relu", 1, 1, dtype="float32", seed=0)
+    net.params.flat[...] = 0
+    net.params["weight_hh_l0"] = np.full((1, 1), 0.5, np.float32)
+    monkeypatch.setattr(cpu, "plan", lambda *_: (parties, False))
+    B = 4
+    trace = net.forward(np.zeros((2, B, 1), np.float32), np.ones((1, B, 1), np.float32))
+    d_output = np.zeros((2, B, 1), np.float32)
+    d_output[-1] = smallest
+    gradients = net.backward(trace, d_output)
+    assert (gradients.h[0][2] == smallest).all()
+    assert (gradients.h[0][:2] == 0).all()
+    assert smallest * np.float32(0.5) > 0  # numbers of the caller are as before
+    (layer,), _, _ = net.backpropagate(trace, d_output, scaled=True)
+    np.testing.assert_array_equal(np.ldexp(layer.state[0].astype(float), layer.exponent[:, :, None])[0], smallest / 4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -60,7 +60,7 @@ from .products import (
     shared_vectors,
     whole_units,
 )
-from .simd import VECTOR_BYTES, address
+from .simd import VECTOR_BYTES, address, flush_subnormals, set_control
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
 
 __all__ = ["Call", "Diagonals", "backward", "chunk_steps", "diagonals", "direct", "forward", "jacobian"]
@@ -431,6 +431,8 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limits, counts,
         ) = arguments  # fmt: skip
         limit = limits[0]  # in an array: a number would come as a float64
+        if not SCALED:  # there nothing underflows
+            control = flush_subnormals()
         (
             _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, _, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,
         ) = places  # fmt: skip
@@ -523,6 +525,8 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             through_weights(panel, NEW, work, CARRY, units * V, work, after, row, work, PACKED_HH, depth, tile)
             load(panel, NEW + R, R, work, CARRY + B * units * V, S - 1, of_carry, tile, H)
             store_rows(panel, NEW, R, flat_d, 0, S, of_state, tile, H)
+        if not SCALED:
+            set_control(control)
         wait_until_done(mails, parties, rank)
         if JOINT and rank == 0 and not SCALED:
             d_bias_hh[:] = d_bias_ih

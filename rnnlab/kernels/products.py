@@ -196,7 +196,11 @@ def multiply_columns(dtype):
             width, r = width_at(unit, units, most), 0
             b, whole = packed + unit * VECTOR_BYTES * depth, columns - unit * V >= width * V
             while r < rows:
-                at, source, count = to + r * columns + unit * V, a + r * a_row * size, rows if whole else min(V, rows - r)
+                at, source, count = (
+                    to + r * columns + unit * V,
+                    a + r * a_row * size,
+                    rows if whole else min(V, rows - r),
+                )
                 if whole:
                     block(width, address(out, at), columns, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
                 else:
