@@ -116,7 +116,7 @@ def interleave(
 
 
 def _wait_until_quiet(pause: float, most: float = 1.0) -> None:
-    """Sleep `pause` seconds at a time until this process takes under a tenth of one core, for `most` seconds at most."""
+    """Sleep `pause` seconds at a time until this process takes under a tenth of a core, for `most` seconds at most."""
     start, busy = time.perf_counter(), pause
     while busy > 0.1 * pause and time.perf_counter() - start < most:
         before = time.process_time()

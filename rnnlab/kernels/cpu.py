@@ -60,7 +60,8 @@ from .products import (
     shared_vectors,
     whole_units,
 )
-from .simd import VECTOR_BYTES, address, flush_subnormals, set_control
+from .simd import VECTOR_BYTES, address
+from .subnormals import flush_subnormals, keep_subnormals
 from .team import empty, plan, post, run_together, wait_for_all, wait_until_done
 
 __all__ = ["Call", "Diagonals", "backward", "chunk_steps", "diagonals", "direct", "forward", "jacobian"]
@@ -526,7 +527,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             load(panel, NEW + R, R, work, CARRY + B * units * V, S - 1, of_carry, tile, H)
             store_rows(panel, NEW, R, flat_d, 0, S, of_state, tile, H)
         if not SCALED:
-            set_control(control)
+            keep_subnormals(control)
         wait_until_done(mails, parties, rank)
         if JOINT and rank == 0 and not SCALED:
             d_bias_hh[:] = d_bias_ih

@@ -1,4 +1,4 @@
-"""Vector registers of the host: width, moves, multiply-adds (with `calls.py` the only LLVM IR of the project).
+"""Vector registers of the host: width, moves, multiply-adds. LLVM IR is here, in `calls.py` and `subnormals.py` alone.
 
 A register tile of 6 rows × 4 vectors reaches 95 % of the FMA peak of `timing.peak_flops` from 50 multiply-adds deep.
 """
@@ -11,8 +11,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "flush_subnormals", "move", "prefetch", "run_chains"]
-__all__ += ["set_control", "tile", "use_whole_registers"]
+__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move", "prefetch", "run_chains", "tile"]
+__all__ += ["use_whole_registers"]
 
 
 #: LLVM's name of this CPU.
@@ -138,60 +138,13 @@ def address(typing_context, array, index):
 
 @intrinsic
 def use_whole_registers(typing_context):
-    """Have LLVM vectorise the loops of the function that calls this for all of V: for some CPUs it prefers half of it."""
+    """Have LLVM make vectors of V numbers of the loops in the function that calls this: for some CPUs it prefers V / 2."""
 
     def generate(context, builder, signature, arguments):
         set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * VECTOR_BYTES}"')  # llvmlite knows no values
         return context.get_dummy_value()
 
     return types.void(), generate
-
-
-# Subnormal numbers ---------------------------------------------------------------------------------------------------
-
-#: Bits of x86's MXCSR by which subnormal results become 0, and subnormal operands count as 0.
-_FLUSH = 0x8040
-
-
-def _exchange_control(context, builder, change):
-    """Set this thread's floating-point control register to change(old), and return the old one; 0 where there is none."""
-    word, place = ir.IntType(32), cgutils.alloca_once(builder, ir.IntType(32))
-    if not _features.get("sse"):
-        return ir.Constant(word, 0)
-    signature = ir.FunctionType(ir.VoidType(), [place.type])
-    read, write = (
-        cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.sse.{name}mxcsr") for name in ("st", "ld")
-    )
-    builder.call(read, [place])
-    old = builder.load(place)
-    builder.store(change(old), place)
-    builder.call(write, [place])
-    return old
-
-
-@intrinsic
-def flush_subnormals(typing_context):
-    """Have numbers below the smallest normal one count as 0 in this thread; return what `set_control` takes to end it.
-
-    An adjoint that vanishes passes through them, and an operation with one takes x86 a hundred cycles; MKL and XLA
-    flush them too. Where they cost nothing they are kept.
-    """
-
-    def generate(context, builder, signature, arguments):
-        return _exchange_control(context, builder, lambda old: builder.or_(old, ir.Constant(old.type, _FLUSH)))
-
-    return types.int32(), generate
-
-
-@intrinsic
-def set_control(typing_context, control):
-    """Set this thread's floating-point control register back to what it was."""
-
-    def generate(context, builder, signature, arguments):
-        _exchange_control(context, builder, lambda _: arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int32), generate
 
 
 # Multiply-adds ------------------------------------------------------------------------------------------------------
