@@ -36,23 +36,23 @@ class Inference:
             x = np.zeros((T, B, weights.weight_ih.shape[1]), net.dtype)
             call, _ = cpu.prepare_forward(net.cell, x, weights, start, lengths, False)
             run_together(*call)
-            self._calls.append(cpu.repeat(call, x[:0].copy(), np.empty((S, 0, B, net.hidden_size), net.dtype)))
+            self._calls.append(cpu.repeat(call, x[:0].copy(), np.empty((1, 0, B, net.hidden_size), net.dtype)))
 
     def __call__(self, x: Array, state: State | None = None) -> tuple[Array, State]:
         """Return (output, last state), see the class. Raises as `Recurrent.forward`."""
-        net, T, B = self.net, self.steps, self.batch
+        net, T, B, S = self.net, self.steps, self.batch, len(self.net.cell.states)
         output = check_array("x", x, (T, B, net.input_size), net.dtype)
         initial = None if state is None else net.stack_state("state", state, B)
-        last = np.empty((len(net.cell.states), len(self._calls), B, net.hidden_size), net.dtype)
+        last = np.empty((S, len(self._calls), B, net.hidden_size), net.dtype)
         for layer in range(net.num_layers):
             outputs = []
             for direction in range(net.directions):
                 k = layer * net.directions + direction
-                states = empty((len(net.cell.states), T + 1, B, net.hidden_size), net.dtype)
-                states[:, 0] = 0 if initial is None else initial[:, k]
+                states = empty((1, T + S, B, net.hidden_size), net.dtype)
+                states[0, np.r_[0, T + 1 : T + S]] = 0 if initial is None else initial[:, k]
                 source = np.ascontiguousarray(output[::-1]) if direction else output
                 run_together(*cpu.repeat(self._calls[k], source, states))
-                outputs.append(states[0, :0:-1] if direction else states[0, 1:])
-                last[:, k] = states[:, T]
+                outputs.append(states[0, T:0:-1] if direction else states[0, 1 : T + 1])
+                last[:, k] = states[0, T : T + S]
             output = np.concatenate(outputs, axis=2) if net.bidirectional else outputs[0]
         return output, net.unstack_state(last)

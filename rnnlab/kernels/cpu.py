@@ -125,8 +125,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
         row, most, most_last = units * G * V, SINGLE if B == 1 else MANY, SINGLE_LAST if B == 1 else MANY_LAST
         panel, flat_state = panels[rank], state.reshape(-1)
         flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
-        of_state, of_saved, of_gates = ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V), (V, row, G * V)
-        of_peepholes, of_carried = (units * V, 0, V), (B * units * V, units * V, V)
+        lean, of_state, of_saved = len(state) < S, ((T + 1) * B * H, H, V), (V, KS * V, B * KS * V)
+        of_gates, of_peepholes, of_carried = (V, row, G * V), (units * V, 0, V), (B * units * V, units * V, V)
 
         if not packed:
             pack(arguments, most, most_last, rank, parties)
@@ -189,7 +189,9 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                     load(panel, OLD, R, work, old, S, of_carried, tile, H)
                     step_panel(panel, tile, t, lengths, shortest)
                     store(panel, NEW, R, work, new, S, of_carried, tile, H)
-                    store_rows(panel, NEW, R, flat_state, (t + 1) * B * H, S, of_state, tile, H)
+                    begin = (t + 1) * B * H  # lean: the states besides h stay in one place
+                    kept_state = ((T + 1) * B * H - (begin if lean else 0), H, V)
+                    store_rows(panel, NEW, R, flat_state, begin, S, kept_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
         wait_until_done(mails, parties, rank)
@@ -227,7 +229,7 @@ def _forward_sums(cell: Cell, dtype):
                     address(work, PACKED_IH + end * I), I, rows, 0, shared, shared,
                 )  # fmt: skip
 
-    @part(cell.name, dtype)
+    @part(cell.name, dtype, forceinline=True)
     def tile_sums(panel, work, places, ax, old, H, tile):
         """Leave the gate sums of a tile in its panel, ax among them or, where it counts apart, beside them."""
         _, PACKED_HH, _, BIAS_HH = places[:4]
@@ -741,7 +743,8 @@ def prepare_forward(
 def repeat(call: Call, x: Array, states: Array) -> Call:
     """Return a call of `prepare_forward`, once it has run, on other inputs and states, its weights packed as they are.
 
-    x (T, B, I) and states (S, T+1, B, H), slot 0 given, are of the same shapes, and C-contiguous.
+    x (T, B, I) is of the same shape, states (S, T+1, B, H) with slot 0 given, or (1, T+S, B, H): h, slot 0 given, then
+    the other states, given those that are first and left as those that are last. Both are C-contiguous.
     """
     return call._replace(arguments=(x, *call.arguments[1:7], states, *call.arguments[8:-1], True))
 

@@ -155,7 +155,7 @@ def tile_product(group, dtype, V, region):
     """
     block = blocks(group, dtype)
 
-    @part(group, dtype, region)
+    @part(group, dtype, region, forceinline=True)
     def product(panel, to, start, s0, s_row, a, a0, a_row, packed, b0, depth, tile):
         unit, width, row, rows, _ = tile
         block(
