@@ -83,7 +83,7 @@ def moves(V, whole):
 
 @cache
 def _moves(V, whole, loading):
-    @part(V, whole, loading)
+    @part(V, whole, loading, forceinline=True)
     def moves(panel, at, region, memory, begin, count, strides, tile, H):
         unit, width, row, rows, lanes = tile
         i = at
@@ -100,7 +100,7 @@ def _moves(V, whole, loading):
     return moves
 
 
-@part()
+@part(forceinline=True)
 def bring(memory, begin, count, strides, tile):
     """Have the memory of a load or store brought near."""
     unit, width, row, rows, _ = tile
@@ -117,7 +117,7 @@ def store_gates(V):
     The k-th number begins at panel[at + k·region].
     """
 
-    @part(V)
+    @part(V, forceinline=True)
     def store_gates(panel, at, region, target, to, count, stride, tile, H):
         unit, width, row, rows, lanes = tile
         i = at
@@ -138,7 +138,7 @@ def spread_gates(gates, V):
     Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, over which the next row comes.
     """
 
-    @part(gates, V)
+    @part(gates, V, forceinline=True)
     def spread_gates(panel, to, region, memory, begin, stride, rows, lanes):
         for i in range(rows):
             for g in range(gates):

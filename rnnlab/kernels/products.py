@@ -165,13 +165,13 @@ def multiply(group, dtype):
 def _copies(V):
     """Build copies of a tile between `scratch` and rows of a matrix that end within it, after `lanes` numbers."""
 
-    @part(V)
+    @part(V, forceinline=True)
     def copy_in(scratch, to, source, at, columns, width, rows, lanes):
         for i in range(rows * width):
             j = i % width * V
             move(scratch, to + i * V, source, at + i // width * columns + j, lanes - j)
 
-    @part(V)
+    @part(V, forceinline=True)
     def copy_out(target, to, columns, scratch, at, width, rows, lanes):
         for i in range(rows * width):
             j = i % width * V
