@@ -1,10 +1,12 @@
 """Prepared inference: the numbers of `Recurrent.forward`, weights as they were, and what it refuses."""
 
+import math
+
 import numpy as np
 import pytest
 from conftest import parts_of, random_network, random_state
 
-from rnnlab import CELLS, LSTM, Inference
+from rnnlab import CELLS, LSTM, Inference, Recurrent, inference
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -53,3 +55,30 @@ def test_bad_arguments_are_named():
         run(np.full_like(x, np.nan))
     with pytest.raises(TypeError, match=r"state of lstm must be a tuple \(h, c\)"):
         run(x, random_state(np.random.default_rng(0), net, 2)[0])
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_states_are_written_and_nothing_behind_them(monkeypatch, cell):
+    """Memory full of NaN between canaries: h of every step, of the cell state only the last."""
+    given = []
+
+    def guarded(shape, dtype):
+        memory = np.full(math.prod(shape) + 64, 12345, dtype)
+        given.append(memory)
+        array = memory[32:-32].reshape(shape)
+        array[...] = np.nan
+        return array
+
+    net = Recurrent(cell, 3, 21, dtype="float32", seed=0)
+    x = np.random.default_rng(0).normal(size=(9, 5, 3)).astype(np.float32)
+    want = net.forward(x)
+    run = Inference(net, 9, 5)
+    monkeypatch.setattr(inference, "empty", guarded)
+    output, last = run(x)
+    np.testing.assert_array_equal(output, want.output)
+    for got, exact in zip(parts_of(last), parts_of(want.final), strict=True):
+        np.testing.assert_array_equal(got, exact)
+    for memory in given:
+        assert (memory[:32] == 12345).all()
+        assert (memory[-32:] == 12345).all()
+        assert np.isfinite(memory).all()

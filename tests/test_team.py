@@ -528,3 +528,21 @@ def test_the_plan_is_about_as_fast_as_the_fastest(monkeypatch, shape):
         if time.monotonic() > end:
             break
     assert best[chosen] <= 1.5 * min(best.values()), best
+
+
+def test_memory_of_sizes_that_nobody_asks_for_makes_room(monkeypatch):
+    """Work on other shapes must not find what is kept full of those before: fresh pages cost more than arithmetic."""
+    monkeypatch.setattr(team, "_free", {})
+    monkeypatch.setattr(team, "_KEPT", 8 << 20)
+    before = [team.empty((3 << 20,), np.dtype(np.uint8)) for _ in range(2)]
+    del before
+    assert {size: len(kept) for size, kept in team._free.items()} == {3 << 20: 2}
+    first = team.empty((4 << 20,), np.dtype(np.uint8))
+    place = first.ctypes.data
+    del first
+    assert {size: len(kept) for size, kept in team._free.items()} == {3 << 20: 1, 4 << 20: 1}
+    second = team.empty((4 << 20,), np.dtype(np.uint8))
+    assert second.ctypes.data == place
+    larger = team.empty((9 << 20,), np.dtype(np.uint8))  # than all that may be kept
+    del second, larger
+    assert {size: len(kept) for size, kept in team._free.items()} == {3 << 20: 1, 4 << 20: 1}

@@ -138,7 +138,7 @@ def address(typing_context, array, index):
 
 @intrinsic
 def use_whole_registers(typing_context):
-    """Have LLVM make vectors of V numbers of the loops in the function that calls this: for some CPUs it prefers V / 2."""
+    """Have LLVM fill whole registers in the loops of the function that calls this: for some CPUs it prefers halves."""
 
     def generate(context, builder, signature, arguments):
         set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * VECTOR_BYTES}"')  # llvmlite knows no values

@@ -68,8 +68,15 @@ def _counters(count: int) -> NDArray[np.int64]:
 
 
 def _keep(size: int, memory: NDArray[np.uint8]) -> None:
-    if sum(size * len(kept) for size, kept in list(_free.items())) + size <= _KEPT:
-        _free.setdefault(size, []).append(memory)
+    """Keep the memory of a freed array for the next of its size; where it is too much, sizes freed longest ago go."""
+    if size > _KEPT:
+        return
+    _free[size] = [*_free.pop(size, []), memory]
+    while sum(size * len(kept) for size, kept in list(_free.items())) > _KEPT:
+        oldest = next(iter(_free))
+        _free[oldest] = _free[oldest][1:]
+        if not _free[oldest]:
+            del _free[oldest]
 
 
 # Threads ------------------------------------------------------------------------------------------------------------
