@@ -4,19 +4,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import KINDS, full_chip
 from numba import types
-from numba.np.numpy_support import from_dtype
 
 import rnnlab
 from rnnlab import CELLS
 from rnnlab.kernels import DeviceNotAvailable, available, backend
 from rnnlab.kernels.plan import ARITHMETIC, H200, plan
 from rnnlab.peers import DTYPES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.registers import assembled, compiled, kernel_of, resources
 
 pytest.importorskip("numba_cuda")
 
@@ -40,54 +40,13 @@ def capabilities(dtype, tier):
     return [(8, 0), (9, 0)] if dtype == "float32" else [(8, 0) if tier == "B" else (9, 0)]
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """A function that compiles a kernel to PTX, which needs no driver once the device is known."""
-    from numba import cuda
-    from numba.cuda import dispatcher
-
-    def compile_(kernel, made, capability, arguments):
-        device = SimpleNamespace(compute_capability=capability)
-        monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
-        bounds = (made.threads, 1)
-        return cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability, launch_bounds=bounds)[0]
-
-    return compile_
-
-
-def assembled(ptx, capability):
-    """The report of ptxas, which is inside nvJitLink, on the machine code that it makes of PTX."""
-    from cuda.bindings import nvjitlink
-
-    handle = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"])
-    try:
-        code = ptx.encode()
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel")
-        nvjitlink.complete(handle)
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-    finally:
-        nvjitlink.destroy(handle)
-    return log.decode()
-
-
 def kernels(cell, dtype, tier, **flags):
     """The kernels of a layout with the types of their arguments: forward and backward, or with `scaled` that."""
-    from rnnlab.kernels import cuda
-
-    kind = cuda._kind(dtype)
-    number, word, sent = (types.Array(from_dtype(np.dtype(one)), 1, "C") for one in kind[:3])
-    whole, small, size = types.Array(types.int64, 1, "C"), types.Array(types.int32, 1, "C"), types.int64
-    tail = (sent, word, small)
-    for backward in (False, True):
+    for backward in (True,) if flags else (False, True):
         problem, options = (cell.name, dtype, 3, 33, backward), TIERS[tier] | {"threads": (64,)}
         made = plan(*problem, chip=full_chip(*problem, **options) if tier == "C" else H200, **options)
-        if backward:
-            kernel = cuda._backward_kernel(cell, made, flags.get("scaled", False))
-            yield kernel, made, (size, size, number, whole, number, word, word, whole, *[number] * 5, whole, *tail)
-        elif not flags:
-            kernel = cuda._forward_kernel(cell, made, True)
-            yield kernel, made, (size, size, *[number] * 4, word, word, whole, *[number] * 3, *tail)
+        kernel, arguments = kernel_of(made, **flags)
+        yield kernel, made, arguments
 
 
 def check(ptx, dtype, capability):
@@ -102,11 +61,11 @@ def check(ptx, dtype, capability):
     ("cell", "dtype", "tier"),
     [(c, d, t) for c in CELLS for d in ARITHMETIC for t in TIERS if t == "A" or c in KINDS],
 )
-def test_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, tier, compiled):
+def test_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, tier):
     for kernel, made, arguments in kernels(CELLS[cell], dtype, tier):
         assert made.tier == tier
         for capability in capabilities(dtype, tier):
-            ptx = compiled(kernel, made, capability, arguments)
+            ptx = compiled(kernel, made.threads, capability, arguments)
             check(ptx, dtype, capability)
             assert ("mma.sync" in ptx) == (ARITHMETIC[dtype].rows > 1)
             assert ("barrier.cluster" in ptx) == ("st.shared::cluster" in ptx) == (tier == "A")
@@ -115,20 +74,20 @@ def test_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, ti
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-def test_scaled_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype, compiled):
+def test_scaled_kernels_compile_without_float64_and_memory_of_their_own(cell, dtype):
     for kernel, made, arguments in kernels(CELLS[cell], dtype, "A", scaled=True):
-        check(compiled(kernel, made, (9, 0), arguments), dtype, (9, 0))
+        check(compiled(kernel, made.threads, (9, 0), arguments), dtype, (9, 0))
 
 
-def test_packing_and_rounding_compile(compiled):
+def test_packing_and_rounding_compile():
     from rnnlab.kernels import cuda
 
     single = types.Array(types.float32, 1, "C")
     for dtype, kind in (("float32", types.float32), ("bf16", types.int32), ("fp16", types.int32)):
         made = plan("lstm", dtype, 16, 512)
-        ptx = compiled(cuda._pack_kernel(made, 0), made, (9, 0), (single, types.Array(kind, 1, "C")))
+        ptx = compiled(cuda._pack_kernel(made, 0), made.threads, (9, 0), (single, types.Array(kind, 1, "C")))
         check(ptx, dtype, (9, 0))
-    ptx = compiled(cuda._narrow_kernel("bf16"), made, (9, 0), (single, types.Array(types.int16, 1, "C")))
+    ptx = compiled(cuda._narrow_kernel("bf16"), made.threads, (9, 0), (single, types.Array(types.int16, 1, "C")))
     assert "cvt.rn.bf16.f32" in ptx
 
 
@@ -146,3 +105,12 @@ def test_arithmetics_are_those_that_are_compared():
     assert set(ARITHMETIC) == set(DTYPES)
     assert plan("lstm", "float32", 1, 32).cycles < plan("lstm", "float32", 1, 1024).cycles
     assert H200.processors == 132
+
+
+def test_registers_and_memory_of_a_kernel_are_those_of_its_plan():
+    made = plan("lstm", "bf16", 16, 128)
+    found = resources(made)
+    assert found["tier"] == made.tier == "A"
+    assert found["shared_bytes"] == made.shared
+    assert 32 < found["registers"] <= 255  # of a thread: NVIDIA's limit, and more than no weights at all would take
+    assert found["local_bytes"] == found["spilled_bytes"] == 0

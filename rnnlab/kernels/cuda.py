@@ -186,7 +186,7 @@ def _parts(made: Plan, index: int) -> _Parts:
     """Build the parts of product `index`; with a reset the second one has a vector, weights and sums of its own."""
     product, kind, PER = made.products[index], ARITHMETIC[made.dtype], _kind(made.dtype).per_word
     CLUSTER, BLOCKS, THREADS, LANES = made.tier == "A", made.blocks, made.threads, kind.lanes
-    SEVERAL = made.slice > made.tile
+    SEVERAL, LAST = made.slice > made.tile, min(made.tile, 8) - 1
     VECTOR, SUMS, KEPT = made.regions[index if made.tier == "A" else 0], made.regions[2], made.regions[3 + index]
     ROW, VECTORS, BASE = product.row, made.vectors, 2 * made.products[0].row * index
     CHUNKS, REGISTERS, IN_SHARED = (n * product.tiles for n in (product.chunks, product.registers, product.kept))
@@ -210,7 +210,7 @@ def _parts(made: Plan, index: int) -> _Parts:
             vector_at = VECTOR + ((slot * VECTORS + b0) * ROW if CLUSTER else 0) + part * WORDS
             sums_at = SUMS + part * SLICE_SUMS + group
             if TENSOR:
-                vector_at += lane // 4 * ROW + lane % 4
+                vector_at += min(lane // 4, LAST) * ROW + lane % 4
                 sums_at += 15 * group + 2 * (lane % 4) * SUM_ROW + lane // 4
             streamed_at = ((rank * CHUNKS + REGISTERS + IN_SHARED) * THREADS + tid) * 4
             product_of(weights, words, KEPT + tid * 4, packed, streamed_at, words, vector_at, numbers, sums_at)

@@ -128,8 +128,12 @@ class Plan(NamedTuple):
 
     @property
     def vectors(self) -> int:
-        """Rows of vectors in shared memory: all of the slice, or with tiers B and C those of a tile."""
-        return (-(-self.slice // self.tile) - 1) * self.tile + self.rows if self.tier == "A" else self.rows
+        """Rows of vectors in shared memory: all of the slice, or with tiers B and C those of a tile.
+
+        A tensor core takes eight vectors: of a tile of fewer it is given the last one again.
+        """
+        last = self.tile if self.tile < min(self.inner, 8) else self.rows
+        return (-(-self.slice // self.tile) - 1) * self.tile + last if self.tier == "A" else last
 
     @property
     def shared(self) -> int:
@@ -177,7 +181,7 @@ def _lay_out(
     few, many = (8, 16) if kind.rows > 1 else (4, 8)
     inner = few if resident or tile <= few else many
     if inner == many:  # weights that are loaded serve more sequences, whose sums take registers
-        most = (64 if kind.rows > 1 else 96) // len(of_cell)
+        most = (64 if kind.rows > 1 else 88) // len(of_cell)
         products = [_cut(gates, depth, units, threads, dtype, min(words, most)) for gates, depth in of_cell]
     if kind.rows == 1:
         inner = min(inner, tile)
