@@ -231,7 +231,7 @@ class Recurrent:
         """Backpropagate through time from dL/doutput (T, B, D·H) and dL/dfinal (zeros where None).
 
         `d_output` past the end of a sequence is ignored. On x86 gradients below the smallest normal number, 1.2e-38 in
-        float32, are 0, as with MKL and XLA; `gradient_flow` loses none. Raises as `forward`; ValueError for a trace
+        float32, are 0, as with XLA; `gradient_flow` loses none. Raises as `forward`; ValueError for a trace
         made with keep=False.
         """
         self._check_trace(trace)
