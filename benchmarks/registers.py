@@ -1,6 +1,7 @@
-"""`python -m benchmarks.registers FILE`: registers and memory of the GPU kernels of every shape, without a GPU.
+"""`python -m benchmarks.registers FILE`: registers and memory of the GPU kernels of some shapes, without a GPU.
 
-Each kernel is compiled to PTX and assembled for the chip that its plan is for; what the assembler says becomes a row.
+Each kernel, forward with all that BPTT needs and BPTT, is compiled to PTX and assembled for the chip that its plan is
+for; what the plan and the assembler say becomes a row.
 """
 
 import re

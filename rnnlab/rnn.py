@@ -230,8 +230,8 @@ class Recurrent:
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
         """Backpropagate through time from dL/doutput (T, B, D·H) and dL/dfinal (zeros where None).
 
-        `d_output` past the end of a sequence is ignored. On x86 gradients below the smallest normal number, 1.2e-38 in
-        float32, are 0, as with XLA; `gradient_flow` loses none. Raises as `forward`; ValueError for a trace
+        `d_output` past the end of a sequence is ignored. An x86 CPU sets gradients below the smallest normal number,
+        1.2e-38 in float32, to 0, as with XLA; `gradient_flow` loses none. Raises as `forward`; ValueError for a trace
         made with keep=False.
         """
         self._check_trace(trace)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import parts_of, random_network, random_state
 
-from rnnlab import CELLS, LSTM, Inference, Recurrent, inference
+from rnnlab import CELLS, LSTM, Inference, inference
+from rnnlab.kernels import cpu
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -57,10 +58,12 @@ def test_bad_arguments_are_named():
         run(x, random_state(np.random.default_rng(0), net, 2)[0])
 
 
+@pytest.mark.parametrize("plan", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
-def test_states_are_written_and_nothing_behind_them(monkeypatch, cell):
-    """Memory full of NaN between canaries: h of every step, of the cell state only the last."""
+def test_states_are_written_and_nothing_behind_them(monkeypatch, cell, plan):
+    """Memory full of NaN between canaries: h of every step, of the cell state only the last. In any threads."""
     given = []
+    monkeypatch.setattr(cpu, "plan", lambda *_: plan)
 
     def guarded(shape, dtype):
         memory = np.full(math.prod(shape) + 64, 12345, dtype)
@@ -69,12 +72,13 @@ def test_states_are_written_and_nothing_behind_them(monkeypatch, cell):
         array[...] = np.nan
         return array
 
-    net = Recurrent(cell, 3, 21, dtype="float32", seed=0)
-    x = np.random.default_rng(0).normal(size=(9, 5, 3)).astype(np.float32)
-    want = net.forward(x)
+    net, _ = random_network(cell, 3, 70, dtype="float32")
+    rng = np.random.default_rng(0)
+    x, state = rng.normal(size=(9, 5, 3)).astype(np.float32), random_state(rng, net, 5)
+    want = net.forward(x, state)
     run = Inference(net, 9, 5)
     monkeypatch.setattr(inference, "empty", guarded)
-    output, last = run(x)
+    output, last = run(x, state)
     np.testing.assert_array_equal(output, want.output)
     for got, exact in zip(parts_of(last), parts_of(want.final), strict=True):
         np.testing.assert_array_equal(got, exact)

@@ -204,21 +204,16 @@ def test_scaled_adjoint_in_float32_follows_float64(cell):
         assert relative_error(true[0, t], exact[0, t]) <= 4 * T * np.finfo(np.float32).eps
 
 
-def seconds_of_backward(cell, scale):
-    """The least time of ten of a backward pass over 100 steps, from a last step whose gradient is about `scale`."""
-    net, _ = random_network(cell, 2, 50, dtype="float32", scale=0.1, seed=11)
-    trace = net.forward(np.random.default_rng(12).normal(size=(100, 20, 2)).astype(np.float32))
-    d_output = np.zeros_like(trace.output)
-    d_output[-1] = scale
-    return min(wall_clock(lambda: net.backward(trace, d_output)) for _ in range(10))
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="subnormal numbers cost nothing elsewhere")
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_a_gradient_that_vanishes_costs_no_more_than_another(cell):
-    """Subnormal numbers took ten times as long; within twice lies what else runs on this machine."""
-    vanishing = seconds_of_backward(cell, 1e-33)
-    assert vanishing <= 2 * seconds_of_backward(cell, 1)
+    """Subnormal numbers took Intel's cores 4 to 22 times as long; within twice lies what else runs on this machine."""
+    net, _ = random_network(cell, 2, 50, dtype="float32", scale=0.1, seed=11)
+    trace = net.forward(np.random.default_rng(12).normal(size=(100, 20, 2)).astype(np.float32))
+    last, every = np.zeros_like(trace.output), np.ones_like(trace.output)
+    last[-1] = 1e-33
+    times = [[wall_clock(lambda d=d: net.backward(trace, d)) for d in (last, every)] for _ in range(20)]
+    vanishing, other = np.min(times, axis=0)
+    assert vanishing <= 2 * other
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="subnormal numbers are kept elsewhere")
@@ -237,7 +232,9 @@ def test_subnormal_gradients_are_zero_and_only_within_the_kernel(monkeypatch, pa
     gradients = net.backward(trace, d_output)
     assert (gradients.h[0][2] == smallest).all()
     assert (gradients.h[0][:2] == 0).all()
-    assert smallest * np.float32(0.5) > 0  # numbers of the caller are as before
+    assert smallest * np.float32(0.5) > 0  # numbers of the caller are as before, and those of its threads
+    again = net.forward(np.zeros((1, B, 1), np.float32), np.full((1, B, 1), smallest))
+    assert (again.output == smallest / 2).all()
     (layer,), _, _ = net.backpropagate(trace, d_output, scaled=True)
     np.testing.assert_array_equal(np.ldexp(layer.state[0].astype(float), layer.exponent[:, :, None])[0], smallest / 4)
 

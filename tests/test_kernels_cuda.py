@@ -107,10 +107,7 @@ def test_arithmetics_are_those_that_are_compared():
     assert H200.processors == 132
 
 
-def test_registers_and_memory_of_a_kernel_are_those_of_its_plan():
-    made = plan("lstm", "bf16", 16, 128)
-    found = resources(made)
-    assert found["tier"] == made.tier == "A"
-    assert found["shared_bytes"] == made.shared
+def test_registers_of_a_kernel_hold_its_weights_and_no_memory_does():
+    found = resources(plan("lstm", "bf16", 16, 128))
     assert 32 < found["registers"] <= 255  # of a thread: NVIDIA's limit, and more than no weights at all would take
     assert found["local_bytes"] == found["spilled_bytes"] == 0

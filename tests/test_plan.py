@@ -57,5 +57,14 @@ def test_tiers_follow_the_size_of_the_weights(dtype, H, tier):
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="no kernel of tier A fits lstm in float32, B=16, H=4096"):
         plan("lstm", "float32", 16, 4096, tiers="A")
-    with pytest.raises(ValueError, match="no kernel of tier A or B or C fits lstm in tf32, B=16, H=4096"):
-        plan("lstm", "tf32", 16, 4096, True)
+    with pytest.raises(ValueError, match="no kernel of tier A or B or C fits lstm in tf32, B=16, H=16384"):
+        plan("lstm", "tf32", 16, 16384, True)
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bf16", "fp16"])
+def test_tensor_cores_take_fewer_than_eight_sequences_of_the_widest_layers(dtype):
+    """DeepBench's widest LSTM: eight vectors of 4·H numbers would not fit, of those that do none may lie beyond."""
+    made = plan("lstm", dtype, 16, 4096, True)
+    assert made.vectors == made.tile < made.inner == 8 == made.rows
+    assert made.vectors * made.products[0].row <= made.regions[2]  # where the sums begin
+    assert made.shared <= H200.shared

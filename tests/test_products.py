@@ -365,15 +365,20 @@ def sum_problem(dtype, gates, H, columns, rows):
     return a, b, exact, inside.sum(axis=0, dtype=np.longdouble)
 
 
-def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0):
-    """`add_transposed` with guarded scratch; a and b begin at number `shift` of theirs."""
-    columns = out.shape[1]
+def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0, far=False):
+    """`add_transposed` with guarded scratch; a and b begin at number `shift` of theirs.
+
+    Rows of a that lie `far` apart, with NaN between them, are packed before they are multiplied.
+    """
+    columns, strips = out.shape[1], strips or (0, a.shape[1] // lanes(dtype))
+    if far:
+        a = np.concatenate([a, np.full((len(a), products._NEAR // a.itemsize), np.nan, dtype)], axis=1)
+    assert (a.strides[0] > products._NEAR) == far
     scratch = Guarded((products.scratch_size(columns, lanes(dtype)),), dtype)
     before = np.full(shift, np.nan, dtype)
     products.add_transposed(np.dtype(dtype))(
         out, np.concatenate([before, a.reshape(-1)]), shift, a.shape[1], gates, which or (0, gates),
-        np.concatenate([before, b.reshape(-1)]), shift, columns, len(a), strips or (0, a.shape[1] // lanes(dtype)),
-        scratch.array,
+        np.concatenate([before, b.reshape(-1)]), shift, columns, len(a), strips, scratch.array,
     )  # fmt: skip
     assert scratch.intact
 
@@ -391,6 +396,10 @@ def test_transposed_product_with_every_remainder(dtype, rows):
         add_product(out.array, a, b, gates, dtype, shift=3)
         assert relative_error(out.array, 1 + exact) <= bound(dtype, rows), (gates, H, columns)
         assert out.intact
+        packed = Guarded((gates * H, columns), dtype, fill=1)
+        add_product(packed.array, a, b, gates, dtype, shift=3, far=True)
+        np.testing.assert_array_equal(packed.array, out.array)
+        assert packed.intact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -404,7 +413,7 @@ def test_transposed_product_of_some_gates(dtype):
     add_product(parts, a, b, gates, dtype, which=(0, 2))
     np.testing.assert_array_equal(parts[: 2 * H], whole[: 2 * H])
     assert (parts[2 * H :] == 0).all()
-    add_product(parts, a, b, gates, dtype, which=(2, 3))
+    add_product(parts, a, b, gates, dtype, which=(2, 3), far=True)
     np.testing.assert_array_equal(parts, whole)
 
 
@@ -427,6 +436,7 @@ def test_strips_of_a_transposed_product_give_the_same_bits(dtype, gates, parties
             gates,
             dtype,
             strips=(products.share(strips, 1, rank, parties), products.share(strips, 1, rank + 1, parties)),
+            far=rank % 2 == 1,
         )
     np.testing.assert_array_equal(parts, whole)
 

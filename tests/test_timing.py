@@ -2,6 +2,7 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def test_short_calls_are_repeated_within_a_sample():
     assert counts["n"] > 3 * 10  # sleeping 0.1 ms takes 0.1 to 0.3 ms: at least 16 to a sample of 5 ms
     assert (times >= 1e-4).all()
     assert np.median(times) < 2e-3
+
+
+@pytest.mark.parametrize(("busy", "naps"), [([], 1), ([1, 1], 3), ([0.05], 1), ([1] * 1000, 50)])
+def test_a_sample_waits_until_threads_of_other_libraries_are_quiet(monkeypatch, busy, naps):
+    """Sleeps of 20 ms, in each of which the process took a share `busy` of a core: a second in all at the most."""
+    now, used, shares = [0.0], [0.0], iter(busy)
+
+    def sleep(seconds):
+        now[0] += seconds
+        used[0] += seconds * next(shares, 0)
+
+    clocks = SimpleNamespace(sleep=sleep, perf_counter=lambda: now[0], process_time=lambda: used[0])
+    monkeypatch.setattr(timing, "time", clocks)
+    timing._wait_until_quiet(0.02)
+    assert round(now[0] / 0.02) in (naps, naps + 1)  # the last one may end a rounding before the second is over
 
 
 def test_ratio_is_paired():

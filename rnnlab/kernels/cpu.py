@@ -434,7 +434,7 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             d_bias_ih, d_bias_hh, _, work, places, panels, tables, chunk, limits, counts,
         ) = arguments  # fmt: skip
         limit = limits[0]  # in an array: a number would come as a float64
-        if not SCALED:  # there nothing underflows
+        if not SCALED:  # a rescaled adjoint keeps what is small
             control = flush_subnormals()
         (
             _, PACKED_HH, CHUNK_DAX, CHUNK_DAH, CHUNK_DP, CARRY, _, ZERO, PEEPHOLES, PACKED_LAST, DA_LAST, _,

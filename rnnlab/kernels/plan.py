@@ -272,7 +272,7 @@ def plan(
 
     `tiers`, `blocks` (of a team) and `threads` (of a block) narrow the choice. Raises ValueError where nothing fits:
     tier A needs weights that fit one cluster, clusters of several blocks compute capability 9.0; and the others room in
-    shared memory for a vector of one step, G·H numbers going back: of one sequence, with tensor cores of eight.
+    shared memory for a vector of one step of one sequence, G·H numbers going back, and its sums.
     """
     made = _candidates(CELLS[cell_name], dtype, B, H, backward, chip, blocks, threads)
     fitting = [one for one in made if one.tier in tiers]

@@ -1,8 +1,8 @@
-"""Numbers below the smallest normal one, which x86 computes with by microcode.
+"""Numbers below the smallest normal one, which Intel's cores compute with by microcode.
 
 An adjoint that vanishes passes through them, and one operation takes a hundred cycles where it took a half: a pass over
-100 steps took up to twenty times as long. XLA counts them as 0, and so does BPTT here, but for the adjoint that is
-rescaled, where nothing underflows. On other CPUs they are kept.
+100 steps took up to twenty times as long. XLA counts them as 0, and so does BPTT here on x86, but for the adjoint that
+is rescaled, which keeps them as far as they are in its range.
 """
 
 from functools import cache

@@ -72,11 +72,12 @@ def _keep(size: int, memory: NDArray[np.uint8]) -> None:
     if size > _KEPT:
         return
     _free[size] = [*_free.pop(size, []), memory]
-    while sum(size * len(kept) for size, kept in list(_free.items())) > _KEPT:
-        oldest = next(iter(_free))
-        _free[oldest] = _free[oldest][1:]
-        if not _free[oldest]:
-            del _free[oldest]
+    with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread does the same
+        while sum(size * len(kept) for size, kept in list(_free.items())) > _KEPT:
+            oldest = next(iter(_free))
+            _free[oldest] = _free[oldest][1:]
+            if not _free[oldest]:
+                del _free[oldest]
 
 
 # Threads ------------------------------------------------------------------------------------------------------------
