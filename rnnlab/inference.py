@@ -49,7 +49,7 @@ class Inference:
             for direction in range(net.directions):
                 k = layer * net.directions + direction
                 states = empty((1, T + S, B, net.hidden_size), net.dtype)
-                states[0, np.r_[0, T + 1 : T + S]] = 0 if initial is None else initial[:, k]
+                states[0, 0], states[0, T + 1 :] = (0, 0) if initial is None else (initial[0, k], initial[1:, k])
                 source = np.ascontiguousarray(output[::-1]) if direction else output
                 run_together(*cpu.repeat(self._calls[k], source, states))
                 outputs.append(states[0, T:0:-1] if direction else states[0, 1 : T + 1])

@@ -14,7 +14,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from ..activations import ARITHMETIC
 
-__all__ = ["cached", "part"]
+__all__ = ["cached", "part", "written"]
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -107,6 +107,16 @@ def part(*key, **options):
         return njit(**options)(function)
 
     return decorate
+
+
+def written(name: str, arguments: str, lines: list[str], **names: Any) -> Any:
+    """Return the function of these lines of source, to which `names` are known; it is not compiled yet.
+
+    What is written out compiles faster than a recursion over closures.
+    """
+    space = dict(names)
+    exec("\n    ".join([f"def {name}({arguments}):", *lines]), space)
+    return space[name]
 
 
 def _is_own(function):

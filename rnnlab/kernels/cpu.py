@@ -158,6 +158,8 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                 old = CARRIED + t % 2 * S * B * units * V
                 new = CARRIED + (t + 1) % 2 * S * B * units * V
                 ax, kept, reset_at = CHUNK_AX + (t - t0) * B * row, t * units * B * KS * V, t * B * H if KEEP else 0
+                after = (t + 1) * B * H  # lean: the states besides h stay in one place
+                of_new_state = ((T + 1) * B * H - (after if lean else 0), H, V)
                 if by_units:
                     wait_for_all(counter, parties)
                 if RESET:
@@ -189,9 +191,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
                     load(panel, OLD, R, work, old, S, of_carried, tile, H)
                     step_panel(panel, tile, t, lengths, shortest)
                     store(panel, NEW, R, work, new, S, of_carried, tile, H)
-                    begin = (t + 1) * B * H  # lean: the states besides h stay in one place
-                    kept_state = ((T + 1) * B * H - (begin if lean else 0), H, V)
-                    store_rows(panel, NEW, R, flat_state, begin, S, kept_state, tile, H)
+                    store_rows(panel, NEW, R, flat_state, after, S, of_new_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
         wait_until_done(mails, parties, rank)

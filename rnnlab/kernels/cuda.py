@@ -29,6 +29,7 @@ from numba.np.numpy_support import from_dtype
 
 from ..cells import Cell
 from . import Array, LayerGradients, LayerTrace, LayerWeights, cpu
+from .compiling import written
 from .panels import numbers_saved, put_numbers, take_numbers
 from .plan import ARITHMETIC, Chip, Plan, Product, plan
 from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, device, grid_barrier, load4, store_remote
@@ -48,9 +49,7 @@ _put = cache(lambda count: device(put_numbers(count).py_func))
 
 def _written(name, arguments, lines, **names):
     """Return the device function of these lines of source: written out, so that every number has a register."""
-    space = dict(names)
-    exec("\n    ".join([f"def {name}({arguments}):", *lines]), space)
-    return device(space[name])
+    return device(written(name, arguments, lines, **names))
 
 
 # Products -----------------------------------------------------------------------------------------------------------

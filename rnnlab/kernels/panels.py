@@ -11,7 +11,7 @@ import numpy as np
 
 from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
-from .compiling import part
+from .compiling import part, written
 from .products import blocks
 from .simd import VECTOR_BYTES, address, move, prefetch, use_whole_registers
 
@@ -170,13 +170,11 @@ def tile_product(group, dtype, V, region):
 
 
 def _written(name, arguments, *lines):
-    """Return the compiled function of these lines of source: written out they compile faster than a recursion.
+    """Return the compiled function of these lines of source.
 
     Indices are unsigned, because what Numba does for negative ones would keep LLVM from seeing that regions lie apart.
     """
-    space = {"index": np.uintp}
-    exec("\n    ".join([f"def {name}({arguments}):", *lines]), space)
-    return scalar(space[name])
+    return scalar(written(name, arguments, list(lines), index=np.uintp))
 
 
 @cache

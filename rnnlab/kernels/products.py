@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from ..activations import ARITHMETIC
-from .compiling import part
+from .compiling import part, written
 from .simd import VECTOR_BYTES, address, move, tile
 
 __all__ = [
@@ -116,19 +116,16 @@ def blocks(group, dtype):
     widths = sorted({panel_units(group) >> k for k in range(3)} - {0}, reverse=True)
     shapes = [(w, r) for w in widths for r in (8, 6, 4, 2, 1) if r * w * group <= ACCUMULATORS]
     shapes.append((panel_units(group, one_row=True), 1))
-    space = {f"tile_{w}_{r}": tile(r, w, group, dtype) for w, r in shapes} | {"rows_at": rows_at}
+    names = {f"tile_{w}_{r}": tile(r, w, group, dtype) for w, r in shapes}
     numbers = "out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth"
-    exec(
-        "\n        ".join([
-            f"def tiles(width, {numbers}, rows):\n    while rows > 0:",
-            f"count = rows_at(width, {group}, rows)",
-            *(f"if width == {w} and count == {r}: tile_{w}_{r}({numbers})" for w, r in shapes),
-            *(f"{name} += count * {name[0]}_row * {dtype.itemsize}" for name in ("out", "start", "a")),
-            "rows -= count",
-        ]),
-        space,
-    )  # fmt: skip
-    tiles = part(group, dtype)(space["tiles"])
+    lines = [
+        "while rows > 0:",
+        f"    count = rows_at(width, {group}, rows)",
+        *(f"    if width == {w} and count == {r}: tile_{w}_{r}({numbers})" for w, r in shapes),
+        *(f"    {name} += count * {name[0]}_row * {dtype.itemsize}" for name in ("out", "start", "a")),
+        "    rows -= count",
+    ]
+    tiles = part(group, dtype)(written("tiles", f"width, {numbers}, rows", lines, rows_at=rows_at, **names))
     number = np.int64  # a constant is a type of its own to Numba, which would compile all tiles anew for each
 
     @part(group, dtype, forceinline=True)
