@@ -267,12 +267,14 @@ class Recurrent:
         *,
         scaled: bool = False,
         into: list[LayerWeights] | None = None,
+        second: list[LayerWeights] | None = None,
         clip: Any = None,
     ) -> tuple[list[LayerGradients], Array, NDArray[np.int64] | None]:
         """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
 
         With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). `into`
-        are arrays of zeros for dL/d weights. `clip` is a `kernels.cpu.Clip`, which clips the adjoint at every step.
+        are arrays of zeros for dL/d weights, `second` those of `kernels.cpu.backward`. `clip` is a `kernels.cpu.Clip`,
+        which clips the adjoint at every step.
         Nothing is checked: `gradients` and gradient analysis stand on this.
         """
         if clip and self.device != "cpu":
@@ -293,6 +295,7 @@ class Recurrent:
                     upstream_exponent = None if exponent is None else _reverse(exponent, trace.lengths)
                 received = upstream, d_last[:, k], upstream_exponent, into[k] if into else None
                 options = {"clip": clip} if clip else {}
+                options |= {"second": second[k]} if second else {}
                 layer_of = self.cell, trace.layers[k], self.weights(k)
                 pair.append(backend(self.device).backward(*layer_of, *received, **options))
             gradients[:0] = pair
@@ -324,7 +327,7 @@ class Recurrent:
         x, initial, steps = self._check_inputs(x, state, lengths)
         T, B, _ = x.shape
         wanted = math.isqrt(T - 1) + 1 if every == "sqrt" else check_integer("every", every)
-        chunk = backend(self.device).chunk_steps(B)
+        chunk = backend(self.device).chunk_steps(self.cell, B, self.hidden_size)
         stride = -(-wanted // chunk) * chunk
         states, output = [initial], np.empty((T if outputs else 0, B, self.hidden_size), x.dtype)
         for start in range(0, T, stride):
@@ -338,15 +341,16 @@ class Recurrent:
     def _gradients_between(
         self, run: Checkpoints, d_output: Array | None, d_final: State | None, clip: Any
     ) -> Gradients:
-        gradients, dx = self.params.like(), np.empty_like(run.x)
-        into = [self.weights(k, gradients) for k in range(len(self._names))]
+        gradients, others, dx = self.params.like(), self.params.like(), np.empty_like(run.x)
+        into, second = ([self.weights(k, of) for k in range(len(self._names))] for of in (gradients, others))
         for start, state in reversed(list(zip(range(0, len(run.x), run.every), run.states, strict=False))):
             part = slice(start, start + run.every)
             trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
-            layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into, clip=clip)
+            layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into, second=second, clip=clip)
             d_final = self.unstack_state(np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))]))
         assert d_final is not None
+        gradients.flat += others.flat
         return Gradients(gradients, dx, [], [], d_final)
 
     def direct(

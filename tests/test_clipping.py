@@ -166,11 +166,11 @@ def test_clipping_within_bptt_depends_on_no_thread(kind):
     net = Recurrent("lstm", 5, 70, dtype="float64", seed=0)
     rng, limit = np.random.default_rng(0), threads()
     x, d_output = rng.normal(size=(40, 32, 5)), rng.normal(size=(40, 32, 70))
-    trace, found = net.forward(x), []
+    found = []
     try:
         for count in (1, 2, 3):
             set_threads(count)
-            counts = np.zeros((count, 8), np.int64)
+            trace, counts = net.forward(x), np.zeros((count, 8), np.int64)  # backward shares the batch as forward did
             found.append(net.gradients(trace, d_output, clip=(rule.within, threshold, counts)))
             assert (counts[:, 1] > 0).all()
     finally:

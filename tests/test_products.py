@@ -365,6 +365,12 @@ def sum_problem(dtype, gates, H, columns, rows):
     return a, b, exact, inside.sum(axis=0, dtype=np.longdouble)
 
 
+def in_runs(b, run=7):
+    """Return rows of b (flat) with a row of NaN behind every seven, and how they lie."""
+    parts = [np.concatenate([b[k : k + run], np.full_like(b[:1], np.nan)]) for k in range(0, len(b), run)]
+    return np.concatenate(parts).reshape(-1), (run, (run + 1) * b.shape[1])
+
+
 def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0, far=False):
     """`add_transposed` with guarded scratch; a and b begin at number `shift` of theirs.
 
@@ -375,10 +381,10 @@ def add_product(out, a, b, gates, dtype, *, strips=None, which=None, shift=0, fa
         a = np.concatenate([a, np.full((len(a), products._NEAR // a.itemsize), np.nan, dtype)], axis=1)
     assert (a.strides[0] > products._NEAR) == far
     scratch = Guarded((products.scratch_size(columns, lanes(dtype)),), dtype)
-    before = np.full(shift, np.nan, dtype)
+    before, (rows_of_b, runs) = np.full(shift, np.nan, dtype), in_runs(b)
     products.add_transposed(np.dtype(dtype))(
         out, np.concatenate([before, a.reshape(-1)]), shift, a.shape[1], gates, which or (0, gates),
-        np.concatenate([before, b.reshape(-1)]), shift, columns, len(a), strips, scratch.array,
+        np.concatenate([before, rows_of_b]), shift, runs, columns, len(a), strips, scratch.array,
     )  # fmt: skip
     assert scratch.intact
 
@@ -470,13 +476,14 @@ def test_transposed_product_of_few_columns(dtype, gates):
         a, b, exact, _ = sum_problem(dtype, gates, H, columns, rows)
         wide = np.concatenate([b, np.full_like(b, np.nan)], axis=1)  # rows of b lie apart
         before = np.full(5, np.nan, dtype)
-        left, right = (np.concatenate([before, part.reshape(-1)]) for part in (a, wide))
+        rows_of_b, runs = in_runs(wide)
+        left, right = (np.concatenate([before, part]) for part in (a.reshape(-1), rows_of_b))
         scratch = Guarded((products.scratch_size(columns, V),), dtype)
         out = Guarded((gates * H, columns), dtype, fill=1)  # the product is added
 
-        def add(out, strips, left=left, right=right, scratch=scratch, row=a.shape[1], columns=columns):
+        def add(out, strips, left=left, right=right, runs=runs, scratch=scratch, row=a.shape[1], columns=columns):
             products.add_narrow(
-                out.reshape(-1), left, 5, row, gates, right, 5, 2 * columns, columns, rows, strips, scratch.array
+                out.reshape(-1), left, 5, row, gates, right, 5, runs, 2 * columns, columns, rows, strips, scratch.array
             )
 
         add(out.array, (0, a.shape[1] // V))

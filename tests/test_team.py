@@ -34,22 +34,28 @@ def force(monkeypatch, parties, by_units):
         return (min(parties, B), False) if scaled else (parties, by_units)
 
     monkeypatch.setattr(cpu, "plan", plan)
+    monkeypatch.setattr(cpu, "threads", lambda: parties)
 
 
 # Threads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize(("B", "halved"), [(1, False), (7, True), (7, False)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_threads_change_no_bit(monkeypatch, cell, B):
-    """Three panels of units in every product, the last ones narrower: so that each of three threads has one."""
+def test_threads_change_no_bit(monkeypatch, cell, B, halved):
+    """Three panels of units in every product, the last ones narrower: so that each of three threads has one.
+
+    Gradients of weights are summed over both halves of a batch apart, or over all of it at once.
+    """
     T, I, H = 43, 11, 19 * V - 3
     net, params = random_network(cell, I, H, scale=H**-0.5, seed=1)
     rng = np.random.default_rng(B)
     x, d_output = rng.normal(size=(T, B, I)), rng.normal(size=(T, B, H))
     state, d_final = random_state(rng, net, B), random_state(rng, net, B)
     lengths = None if B == 1 else [T, 1, 40, T, 5, T, 17]
-    monkeypatch.setattr(cpu, "_CHUNK", 40)  # two chunks of one sequence, nine of seven: the last one shorter
+    # Two chunks of one sequence, nine of seven: the last one shorter.
+    monkeypatch.setattr(cpu, "chunk_steps", lambda cell, B, H: 40 // B)
+    monkeypatch.setattr(cpu, "CACHE", 2**30 if halved else 0)
 
     def results():
         trace = net.forward(x, state, lengths)
@@ -85,6 +91,29 @@ def test_threads_change_no_bit(monkeypatch, cell, B):
         together = results()
         for name, want in alone.items():
             np.testing.assert_array_equal(together[name], want, err_msg=f"{name}, {parties} threads, {by_units=}")
+
+
+@pytest.mark.parametrize("cell", ["lstm_peephole", "gru_reset_before"])
+def test_a_batch_stays_shared_when_there_are_fewer_threads(monkeypatch, cell):
+    """What three threads saved, two and one take back: with groups of their sequences, to the same bits."""
+    net, _ = random_network(cell, 5, 2 * V + 3, scale=0.4, seed=2)
+    rng = np.random.default_rng(3)
+    x, d_output = rng.normal(size=(9, 7, 5)), rng.normal(size=(9, 7, net.hidden_size))
+    force(monkeypatch, 3, False)
+    trace = net.forward(x)
+    saved = trace.layers[0]
+    assert saved.saved.shape[0::3][:2] == (3, 3)  # the last group has one sequence
+    want = net.backward(trace, d_output)
+    for parties in (2, 1):
+        monkeypatch.setattr(cpu, "threads", lambda parties=parties: parties)
+        found = net.backward(trace, d_output)
+        np.testing.assert_array_equal(found.params.flat, want.params.flat)
+        np.testing.assert_array_equal(found.x, want.x)
+    force(monkeypatch, 1, False)
+    alone = net.forward(x)
+    np.testing.assert_array_equal(saved.saved_of(2, 5)[..., :1], alone.layers[0].saved_of(2, 5)[..., :1])
+    direct = [cpu.direct(net.cell, of.layers[0], net.weights(0), d_output) for of in (trace, alone)]
+    np.testing.assert_array_equal(direct[0].state, direct[1].state)
 
 
 #: What `threading.get_ident` returns, for compiled code.
@@ -287,7 +316,8 @@ def layer_results(cell, arrays, exponent):
     lean = cpu.forward(cell, x, weights, state, lengths, False)
     plain = cpu.backward(cell, trace, weights, d_output, d_final)
     scaled = cpu.backward(cell, trace, weights, d_output, d_final, exponent)
-    saved = trace.saved.transpose(0, 2, 3, 1, 4).reshape(*x.shape[:2], trace.saved.shape[3], -1)
+    saved = trace.saved_of(0, len(x)).transpose(0, 2, 3, 1, 4)
+    saved = saved.reshape(*x.shape[:2], saved.shape[2], -1)
     kept = [
         trace.state,
         saved[..., : d_output.shape[2]],

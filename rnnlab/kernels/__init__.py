@@ -102,8 +102,9 @@ class LayerTrace(NamedTuple):
     """What one layer in one direction computed, in its own order of processing, and what its backward needs.
 
     cell: its name; x (T, B, I); state (S, T+1, B, H), slot 0 initial, held past the end of a sequence; saved
-    (T, U, B, K, V), what `step` saved, for U vectors of V units, zero past the end, anything in lanes past unit H;
-    reset_h (T, B, H), r ∘ h_{t−1} of a cell that resets before the product, else empty; lengths (B,).
+    (N, T, U, M, K, V), what `step` saved, for N groups of M sequences (the last may have fewer, the rest is anything)
+    and U vectors of V units, zero past the end, anything in lanes past unit H; reset_h (T, B, H), r ∘ h_{t−1} of a cell
+    that resets before the product, else empty; lengths (B,).
     """
 
     cell: str
@@ -112,6 +113,12 @@ class LayerTrace(NamedTuple):
     saved: Array
     reset_h: Array
     lengths: NDArray[np.int64]
+
+    def saved_of(self, start: int, stop: int) -> Array:
+        """Return what steps start…stop − 1 saved, of all sequences in one group: (T, U, B, K, V)."""
+        if len(self.saved) == 1:
+            return self.saved[0, start:stop]
+        return np.concatenate([*self.saved[:, start:stop]], axis=2)[:, :, : len(self.lengths)]
 
 
 class LayerGradients(NamedTuple):

@@ -227,13 +227,14 @@ def contributions(
         factors[:, :, slice(*ends)] = triangle.swapaxes(1, 2)
         slopes[:, slice(*ends), :rows] = q.swapaxes(1, 2) @ matrix.T
 
+    saved = np.ascontiguousarray(trace.saved_of(0, T))
     steps, parties = np.flatnonzero(d_output.any(axis=(1, 2)))[::-1], threads()
     most = max(1, min(_ROWS // B, -(-len(steps) // parties)))
     calls = []
     for rank in range(parties):
         at = steps[np.arange(len(steps)) // most % parties == rank].copy()
         shape = len(at), T, len(parts)
-        given = at, d_output, trace.saved, weights.weight_hh, weights.peephole, factors, slopes, parts
+        given = at, d_output, saved, weights.weight_hh, weights.peephole, factors, slopes, parts
         calls.append((*given, *_room(cell, B, H, most, dtype), np.full(shape, -np.inf), np.zeros(shape)))
     with ThreadPoolExecutor(parties) as pool:
         list(pool.map(_kernel(cell, dtype), calls))

@@ -719,7 +719,7 @@ class _Matrix:
 # What a layer calls -------------------------------------------------------------------------------------------------
 
 
-def chunk_steps(B: int) -> int:
+def chunk_steps(cell: Cell, B: int, H: int) -> int:
     """Return the steps that kernels take at a time between which sums may be cut: any number."""
     return 1
 
@@ -776,7 +776,7 @@ def prepare_forward(
     made = plan(cell.name, dtype, B, weights.weight_hh.shape[1], False, chip())
     H, G, number = made.hidden, len(cell.gates), x.dtype
     states = xp.empty((S, T + 1, B, H), number)
-    saved = xp.empty((T if keep else 0, 1, B, numbers_saved(cell), H), number)
+    saved = xp.empty((1, T if keep else 0, 1, B, numbers_saved(cell), H), number)
     reset_h = xp.empty((T if keep and cell.reset else 0, B, H), number)
     ax, (exchange, words, arrived) = xp.empty((T * B, G * H), number), _exchange(made, B)
     packed, packing = _packed(made, weights.weight_hh, words.dtype)
@@ -893,12 +893,13 @@ def backward(
     d_output_exponent: Any = None,
     into: LayerWeights | None = None,
     arithmetic: str | None = None,
+    second: LayerWeights | None = None,
 ) -> LayerGradients:
     """Backpropagate d_output (T, B, H) and d_final (S, B, H) through one layer (BPTT: Werbos 1990).
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step; weights get no gradient then. dL/d weights is added to `into`, if that is given. Results are
-    where d_output is; `arithmetic` is that of the forward pass.
+    where d_output is; `arithmetic` is that of the forward pass. Nothing is added to `second`, see `cpu.backward`.
     """
     run, gradients = prepare_backward(cell, trace, weights, d_output, d_final, d_output_exponent, arithmetic)
     run()
@@ -921,7 +922,7 @@ def direct(cell: Cell, trace: LayerTrace, weights: LayerWeights, d_output: Array
 
 def jacobian(cell: Cell, trace: LayerTrace, weights: LayerWeights, t: int) -> Array:
     """Return d state_{t+1} / d state_t of every sequence, (B, S·H, S·H), put together on the host by `cpu.jacobian`."""
-    one_step = trace._replace(saved=on_host(trace.saved[t : t + 1]), lengths=trace.lengths - t)
+    one_step = trace._replace(saved=on_host(trace.saved[:, t : t + 1]), lengths=trace.lengths - t)
     return cpu.jacobian(cell, one_step, weights, 0)
 
 

@@ -307,17 +307,18 @@ def strip_at(strip, H, V, gates):
 
 @cache
 def add_transposed(dtype):
-    """Build (out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch) ↦ out += aᵀ·b.
+    """Build (out, a, a0, stride, gates, which, b, b0, runs, columns, rows, strips, scratch) ↦ out += aᵀ·b.
 
-    The sum is over `rows` rows of a, G·H numbers in the order unit, gate, lane, `stride` apart, and of b (columns,). A
-    strip is up to V rows of out (G·H, columns), which has the order of weights: gate, unit. Strips from strips[0] to
-    strips[1] are added, those of gates from which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
+    The sum is over `rows` rows of a, G·H numbers in the order unit, gate, lane, `stride` apart, and of b (columns,), of
+    which runs[0] follow each other and so many begin runs[1] apart. A strip is up to V rows of out (G·H, columns),
+    which has the order of weights: gate, unit. Strips from strips[0] to strips[1] are added, those of gates from
+    which[0] to which[1]. `scratch` takes `scratch_size(columns)` numbers.
     """
     block, most, SIZE, V = blocks(1, dtype), panel_units(1), dtype.itemsize, VECTOR_BYTES // dtype.itemsize
     copy_in, copy_out = _copies(V)
 
     @part(dtype)
-    def add_transposed(out, a, a0, stride, gates, which, b, b0, columns, rows, strips, scratch):
+    def add_transposed(out, a, a0, stride, gates, which, b, b0, runs, columns, rows, strips, scratch):
         H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
         left, corner, near = units * DEPTH * V, (units + STRIPS) * DEPTH * V, stride * SIZE <= _NEAR
         for k0 in range(0, rows, DEPTH):
@@ -325,10 +326,14 @@ def add_transposed(dtype):
             unit = 0
             while unit < units:
                 width = width_at(unit, units, most)
-                for k in range(depth):
-                    to, at = unit * V * depth + k * width * V, b0 + (k0 + k) * columns + unit * V
+                to, run, row = unit * V * depth, k0 // runs[0], k0 % runs[0]
+                for _ in range(depth):
+                    at = b0 + run * runs[1] + row * columns + unit * V
                     for j in range(width):
                         move(scratch, to + j * V, b, at + j * V, columns - (unit + j) * V)
+                    to, row = to + width * V, row + 1
+                    if row == runs[0]:
+                        run, row = run + 1, 0
                 unit += width
             for s0 in range(strips[0], strips[1], STRIPS):
                 count = min(STRIPS, strips[1] - s0)
@@ -363,10 +368,10 @@ def add_transposed(dtype):
 
 
 @njit(**ARITHMETIC)
-def add_narrow(out, a, a0, stride, gates, b, b0, b_row, columns, rows, strips, scratch):
+def add_narrow(out, a, a0, stride, gates, b, b0, runs, b_row, columns, rows, strips, scratch):
     """out (G·H·columns,) += aᵀ·b as `add_transposed`, for few columns: they take turns, and rows of a fill the vectors.
 
-    Rows of b are `b_row` apart.
+    Rows of b that follow each other are `b_row` apart.
     """
     V, H = VECTOR_BYTES // out.itemsize, len(out) // (gates * columns)
     for s0 in range(strips[0], strips[1], STRIPS):
@@ -376,10 +381,11 @@ def add_narrow(out, a, a0, stride, gates, b, b0, b_row, columns, rows, strips, s
         for j in range(columns):
             for n in range(count):
                 scratch[n] = 0
-            for k in range(rows):
-                factor = b[b0 + k * b_row + j]
-                for n in range(count):
-                    scratch[np.uintp(n)] += a[np.uintp(a0 + k * stride + begin + n)] * factor
+            for k0 in range(0, rows, runs[0]):
+                for k in range(k0, min(k0 + runs[0], rows)):
+                    factor = b[b0 + k0 // runs[0] * runs[1] + (k - k0) * b_row + j]
+                    for n in range(count):
+                        scratch[np.uintp(n)] += a[np.uintp(a0 + k * stride + begin + n)] * factor
             for s in range(s0, last):
                 p, g = s // gates, s % gates
                 for v in range(min(V, H - p * V)):
@@ -389,4 +395,4 @@ def add_narrow(out, a, a0, stride, gates, b, b0, b_row, columns, rows, strips, s
 @njit
 def add_sums(out, a, a0, stride, gates, rows, strips, scratch):
     """out (G·H,) += Σ a over `rows` rows of a, `stride` apart, for the strips of `add_transposed`."""
-    add_narrow(out, a, a0, stride, gates, (out.dtype.type(1),), 0, 0, 1, rows, strips, scratch)
+    add_narrow(out, a, a0, stride, gates, (out.dtype.type(1),), 0, (rows, 0), 0, 1, rows, strips, scratch)

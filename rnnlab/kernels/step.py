@@ -84,8 +84,9 @@ def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) 
         strips = (0, units)
         add_sums(d_bias, logits.reshape(-1), 0, units * V, 1, N, strips, scratch)
         add_product(
-            d_weight, logits.reshape(-1), 0, units * V, 1, (0, 1), features.reshape(-1), 0, H, N, strips, scratch
-        )
+            d_weight, logits.reshape(-1), 0, units * V, 1, (0, 1), features.reshape(-1), 0, (N, 0), H, N, strips,
+            scratch,
+        )  # fmt: skip
         perform(backward)
         figures[0] = loss / count
 
@@ -131,19 +132,19 @@ def _omega_kernel(dtype: np.dtype[Any]) -> Any:
 
     @cached(f"{dtype}")
     def omega(saved, d_h, lengths, weight, d_weight, work, alpha, figures):
-        """Add α ∂⁺Ω/∂W_hh to d_weight, and set figures[0] to Ω; saved (T, U, B, 1, V) holds the slopes f'(a_t).
+        """Add α ∂⁺Ω/∂W_hh to d_weight, and set figures[0] to Ω; saved (N, T, U, M, 1, V) holds the slopes f'(a_t).
 
         Ω is the mean over all steps t and sequences of (‖δ_{t+1} ∂a_{t+1}/∂a_t‖ / ‖δ_{t+1}‖ − 1)², with δ_t = dL/da_t:
         Pascanu, Mikolov & Bengio (2013), eq. 9, and for the immediate derivative, δ and a held, eq. 10.
         """
         delta, back, norms, packed, zero, scratch = work
-        units, B, H, rows = saved.shape[1], saved.shape[2], weight.shape[0], len(delta)
+        units, M, B, H, rows = saved.shape[2], saved.shape[3], len(lengths), weight.shape[0], len(delta)
         left, right, row = delta.reshape(-1), back.reshape(-1), delta.shape[1]
         count, total = 0, 0.0
         for n in range(rows):  # δ_{t+1} of length 1, or of zeros where it does not count
             t, b, square = n // B, n % B, 0.0
             for j in range(H):
-                delta[n, j] = d_h[t + 2, b, j] * saved[t + 1, j // V, b, 0, j % V]
+                delta[n, j] = d_h[t + 2, b, j] * saved[b // M, t + 1, j // V, b % M, 0, j % V]
                 square += np.float64(delta[n, j]) ** 2
             counts = t + 1 < lengths[b] and np.sqrt(square) > _VANISHED
             norms[n], count = np.sqrt(square) if counts else 0.0, count + counts
@@ -154,14 +155,14 @@ def _omega_kernel(dtype: np.dtype[Any]) -> Any:
         for n in range(rows):
             t, b, square = n // B, n % B, 0.0
             for j in range(H):
-                back[n, j] *= saved[t, j // V, b, 0, j % V]
+                back[n, j] *= saved[b // M, t, j // V, b % M, 0, j % V]
                 square += np.float64(back[n, j]) ** 2
             ratio = np.sqrt(square)
             total += (ratio - 1) ** 2 if norms[n] > 0 else 0.0
             factor = dtype.type(2 * alpha * (ratio - 1) / (ratio * count)) if ratio > 0 else dtype.type(0)
             for j in range(H):
-                back[n, j] *= factor * saved[t, j // V, b, 0, j % V]
-        add_product(d_weight, left, 0, row, 1, (0, 1), right, 0, H, rows, (0, units), scratch)
+                back[n, j] *= factor * saved[b // M, t, j // V, b % M, 0, j % V]
+        add_product(d_weight, left, 0, row, 1, (0, 1), right, 0, (rows, 0), H, rows, (0, units), scratch)
         figures[0] = total / count if count else 0.0
 
     return omega
@@ -171,8 +172,8 @@ def prepare_omega(
     saved: Array, d_h: Array, lengths: Array, weight: Array, d_weight: Array, alpha: float, figures: Array
 ) -> Bound:
     """Return what adds α ∂⁺Ω/∂W_hh to d_weight after BPTT: saved of the layer's trace, d_h (T+1, B, H) its gradient."""
-    dtype, (T, units, B, _, V), H = weight.dtype, saved.shape, len(weight)
-    rows, lanes = (T - 1) * B, units * V
+    dtype, (_, T, units, _, _, V), H = weight.dtype, saved.shape, len(weight)
+    rows, lanes = (T - 1) * len(lengths), units * V
     rooms = np.zeros((rows, lanes), dtype), empty((rows, H), dtype), np.zeros(rows), empty((H * lanes,), dtype)
     work = *rooms, np.zeros(lanes, dtype), empty((scratch_size(H, V),), dtype)
     return bind(_omega_kernel(dtype), saved, d_h, lengths, weight, d_weight, work, alpha, figures)

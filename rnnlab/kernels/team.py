@@ -23,7 +23,7 @@ from .compiling import cached
 from .products import panel_units
 from .simd import VECTOR_BYTES, address
 
-__all__ = ["empty", "plan", "post", "predicted_seconds", "run_together", "wait_for_all", "wait_until_done"]
+__all__ = ["CACHE", "empty", "plan", "post", "predicted_seconds", "run_together", "wait_for_all", "wait_until_done"]
 
 Array = NDArray[Any]
 
@@ -88,7 +88,7 @@ _START, _BARRIER, _CELL = 5e-6, 5e-7, 1.5e-8
 
 #: FLOPs a core and second per byte of a vector register; bytes/s that all cores read from beyond their own caches, and
 #: the size of those.
-_RATE, _STREAM, _CACHE = 4e9, 1.2e11, 2**20
+_RATE, _STREAM, CACHE = 4e9, 1.2e11, 2**20
 
 #: The share of that rate that tiles of 1, 2, 3 and more rows reach.
 _SHARE = (0.35, 0.65, 0.8, 1.0)
@@ -108,7 +108,7 @@ def predicted_seconds(
     flops = 2.0 * T * rows * units * lanes * G * (H + I)
     arithmetic = flops / (_RATE * VECTOR_BYTES * 4 / dtype.itemsize * _SHARE[min(rows, 4) - 1])
     weights = units * lanes * G * H * dtype.itemsize
-    streaming = T * weights * parties / _STREAM if weights > _CACHE else 0.0
+    streaming = T * weights * parties / _STREAM if weights > CACHE else 0.0
     waiting = (_START + (T * _BARRIER if by_units else 0.0)) if parties > 1 else 0.0
     return arithmetic + streaming + T * rows * units * _CELL + waiting
 
