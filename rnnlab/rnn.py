@@ -273,9 +273,9 @@ class Recurrent:
         """Return the gradients of every layer-direction, dL/dx, and with `scaled` the exponents (T, B) of dL/dx.
 
         With `scaled` the adjoint is rescaled by powers of two as it goes back (see `kernels.LayerGradients`). `into`
-        are arrays of zeros for dL/d weights, `second` those of `kernels.cpu.backward`. `clip` is a `kernels.cpu.Clip`,
-        which clips the adjoint at every step.
-        Nothing is checked: `gradients` and gradient analysis stand on this.
+        are arrays of zeros for dL/d weights, `second` others, see `kernels.cpu.backward`. `clip` is a
+        `kernels.cpu.Clip`, which clips the adjoint at every step. Nothing is checked: `gradients` and gradient analysis
+        stand on this.
         """
         if clip and self.device != "cpu":
             raise ValueError(f"clipping within BPTT needs a network on the CPU, got {self!r}")

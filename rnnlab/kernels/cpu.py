@@ -5,9 +5,9 @@ Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h a
     x (T, B, I)    weight_ih (G·H, I), weight_hh (G·H, H)    state, d_state (S, T+1, B, H), slot 0 is the initial one
 
 V units fill one vector register; U such vectors hold all H, the last one padded. What stays inside is kept in that
-order: ax is (T, M, U, G, V), `saved` is (N, T, U, M, K, V), for N groups of M sequences, one a thread that shares the
-batch; dax and dah are (T, B, U, G, V) without the padding. Where the gates of the last unit fit into fewer than G
-vectors, they share them in ax, biases and packed weights.
+order: ax is (N, T, M, U, G, V), `saved` is (N, T, U, M, K, V), for N groups of M sequences, one a thread that shares
+the batch; dax and dah are (T, B, U, G, V) without the padding, for each half of the batch by itself. Where the gates of
+the last unit fit into fewer than G vectors, they share them in ax, biases and packed weights.
 
 Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product
 with W_hh leaves the sums of all gates of a few sequences and units in a panel, where the cell takes them up at once;
@@ -68,11 +68,12 @@ from .team import CACHE, empty, plan, post, run_together, wait_for_all, wait_unt
 __all__ = ["Call", "Diagonals", "backward", "chunk_steps", "diagonals", "direct", "forward", "jacobian"]
 __all__ += ["prepare_backward", "prepare_forward", "repeat", "warmup"]
 
-#: Rows (steps times batch) in a chunk, at the least and at the most; between them as many as have so many gates.
-_ROWS, _MOST_ROWS, _GATES = 256, 512, 2**17
+#: Rows (steps times batch) in a chunk: as many as have so many gates, but no fewer and no more than these, and no part
+#: of a step.
+_GATES, _ROWS, _MOST_ROWS = 2**17, 256, 512
 
-#: Numbers between what two threads write over and over: a page, beyond which no core fetches ahead. Closer, each would
-#: fetch lines that the other is about to write, and both would wait for them at every step.
+#: Numbers between what two threads write over and over: at least a page, beyond which no core fetches ahead. Closer,
+#: each would fetch lines that the other is about to write, and both would wait for them at every step.
 _APART = 1024
 
 
@@ -94,7 +95,7 @@ def _chunk_rows(t, chunk, B, middle, span):
 
 @njit
 def _shares_of_half(count, half, halves, rank, parties, by_units):
-    """Return from where to where a half of `count` things is for a thread; threads by units share each of them."""
+    """Return which of `count` things of a half are for a thread: both halves are dealt out as one, or by units each."""
     if by_units:
         return _shares(count, 1, rank, parties)
     first, last = _shares(count * halves, 1, rank, parties)
@@ -172,7 +173,7 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
     R, (SUM, _, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    VECTORS, RESET, KEEP, MANY = R // V, cell.reset is not None, keep, panel_units(G)
+    VECTORS, RESET, KEEP = R // V, cell.reset is not None, keep
     input_sums, tile_sums = _forward_sums(cell, dtype)
     gate_sums, last_sums = tile_product(G, dtype, V, R), tile_product(1, dtype, V, R)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
@@ -190,17 +191,15 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
         flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
         lean, of_state, of_saved = len(state) < S, ((T + 1) * B * H, H, V), (V, KS * V, M * KS * V)
         of_gates, of_peepholes, of_carried = (V, row, G * V), (one, 0, V), (M * one, one, V)
-        # Where the rows of sequence 0 would lie, if the group began with it. No thread reads another's ax.
-        CHUNK_AX += (rank if by_units else group) * APART - first * row
-        SUMS += group * APART - first * row
+        # Where the rows of sequence 0 would lie, if the group began with it.
+        CHUNK_AX, SUMS = CHUNK_AX + group * APART - first * row, SUMS + group * APART - first * row
         CARRIED, LAST_SUM = CARRIED + group * APART - first * one, LAST_SUM + group * APART - first * one
-        first_saved = group * M * (T * units - 1) * KS * V
+        first_saved = group * M * (T * units - 1) * KS * V  # where sequence 0 would lie, as above
 
-        u0, v0, w0, u1, v1, w1 = 0, 0, 0, units, units, units
+        u0, w0, u1, w1 = 0, 0, units, units
         if by_units:
             u0, u1 = _shares(units, most, rank, parties)
             w0, w1 = _shares(units, most_last, rank, parties)
-            v0, v1 = _shares(units, MANY, rank, parties) if B > 1 else (u0, u1)  # of one row, in the panels of the step
         shortest = lengths.min()
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
         first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS, V)
@@ -213,7 +212,7 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
 
         for t0 in range(0, T, chunk):
             steps = min(chunk, T - t0)
-            input_sums(arguments, CHUNK_AX, t0, steps, first, last, v0, v1)
+            input_sums(arguments, CHUNK_AX, t0, steps, first, last, u0, u1)
             for t in range(t0, t0 + steps):
                 old, new = CARRIED + t % 2 * S * M * one, CARRIED + (t + 1) % 2 * S * M * one
                 ax, kept = CHUNK_AX + (t - t0) * (last - first) * row, first_saved + t * units * M * KS * V
@@ -441,10 +440,12 @@ def _add_clipped(d_state, direct, limit, counts):
 @njit
 def _clamp_row(work, begin, count, limit, counts):
     """Clip `count` numbers, and count them."""
+    clipped = 0
     for i in range(begin, begin + count):
         before = work[i]
         work[i] = clamp(before, work.dtype.type(limit))
-        counts[0] += work[i] != before
+        clipped += work[i] != before
+    counts[0] += clipped
 
 
 # Backward -----------------------------------------------------------------------------------------------------------
@@ -503,16 +504,16 @@ def _backward_kernel(cell: Cell, dtype, mode: str):
             if meet:
                 wait_for_all(counter, parties)
             finish_chunk(arguments, c, rank, parties, by_units)
-        if parties > 1 and (by_units or add):
-            wait_for_all(counter, parties)
         for group in _groups_of(B, M, rank, parties, by_units):
             finish(arguments, group, most, parties, by_units, rank)
+        if not SCALED:
+            keep_subnormals(control)
         if add:
+            if parties > 1:
+                wait_for_all(counter, parties)
             for total, values in zip(_flat(sums[0]), _flat(sums[1])):  # noqa: B905 (Numba knows no strict)
                 n0, n1 = _shares(len(values), 1, rank, parties)
                 total[n0:n1] += values[n0:n1]
-        if not SCALED:
-            keep_subnormals(control)
         wait_until_done(mails, parties, rank)
         if JOINT and rank == 0 and not SCALED:
             for half in sums:
@@ -559,8 +560,9 @@ def _backward_steps(cell: Cell, dtype, mode: str):
         flat_d, flat_direct = d_state.reshape(-1), d_output.reshape(-1)
         first, last, tiles, count, carry, dh, da_last = begin(arguments, group, most, parties, by_units, rank)
         of_state, of_peepholes, of_carry = ((T + 1) * B * H, H, V), (one, 0, V), (M * one, one, V)
-        of_saved = (V, KS * V, per_group * KS * V)
-        first_saved = first // per_group * per_group * (T * units - 1) * KS * V
+        # Where threads share units now or shared them then, there is one group, here or there.
+        of_saved, before = (V, KS * V, per_group * KS * V), first // per_group * per_group
+        first_saved = before * (T * units - 1) * KS * V
 
         shortest, t0 = lengths.min(), c * chunk
         for t in range(min(t0 + chunk, T) - 1, t0 - 1, -1):
@@ -727,15 +729,20 @@ def _chunk_gradients(cell: Cell, dtype, scaled: bool):
             first, count = (middle, B - middle) if half else (0, middle)
             at = _chunk_rows(t0, chunk, B, middle, span)[half] + first
             dax, dah, dp, rows = CHUNK_DAX + at * row, CHUNK_DAH + at * row, CHUNK_DP + at * P * one, steps * count
-            r0, r1 = _shares_of_half(rows if halves == 1 else steps * middle, half, halves, rank, parties, by_units)
-            run, r1 = rows if halves == 1 else count, min(r1, rows)
-            while r0 < r1:  # rows of dx that follow each other
-                more = min(r1, (r0 // run + 1) * run) - r0
+            # Rows of dx at even distances: all of them, or one by one those of a step or of a sequence.
+            s0, s1 = _shares_of_half(rows if halves == 1 else steps, half, halves, rank, parties, by_units)
+            into, of = (t0 * B + s0, s0) if halves == 1 else ((t0 + s0) * B + first, s0 * count)
+            runs, length, to_next, apart = 1, s1 - s0, (0, 0), (1, 1)
+            if halves == 2 and count > s1 - s0:
+                runs, length, to_next = s1 - s0, count, (B, count)
+            elif halves == 2:
+                runs, to_next, apart = count, (1, 1), (B, count)
+            for k in range(runs):
                 dx_rows(
-                    dx.reshape(-1), ((t0 + r0 // run) * B + first + r0 % run) * inputs, inputs, address(work, ZERO),
-                    address(work, dax + r0 * row), row, address(work, PACKED_IH), G * H, more, panel,
+                    dx.reshape(-1), (into + k * to_next[0]) * inputs, apart[0] * inputs, inputs, address(work, ZERO),
+                    address(work, dax + (of + k * to_next[1]) * row), apart[1] * row, address(work, PACKED_IH), G * H,
+                    length, panel,
                 )  # fmt: skip
-                r0 += more
             if not SCALED:
                 strips = _shares_of_half(units * G, half, halves, rank, parties, by_units)
                 begin_x, begin_h, flat_state = (t0 * B + first) * I, (t0 * B + first) * H, state.reshape(-1)
@@ -813,10 +820,11 @@ def _middle(cell: Cell, B: int, H: int, dtype: np.dtype[Any]) -> int:
     return B if len(cell.gates) * H * H * dtype.itemsize > CACHE else -(-B // 2)
 
 
-def _groups(B: int, parties: int, by_units: bool) -> tuple[int, int]:
-    """Return M and N: so many sequences for each of so many threads, or all for all where they share units."""
+def _groups(B: int, parties: int, by_units: bool) -> tuple[int, int, int]:
+    """Return M and N, so many sequences for each of so many threads, or all for all by units; and how many threads."""
     M = B if by_units else -(-B // parties)
-    return M, -(-B // M)
+    N = -(-B // M)
+    return M, N, parties if by_units else N
 
 
 def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
@@ -859,11 +867,11 @@ def prepare_forward(
     states = empty((S, T + 1, B, H), dtype)
     states[:, 0] = state
     parties, by_units = plan(cell, T, B, I, H, dtype)
-    M, N = _groups(B, parties, by_units)
+    M, N, parties = _groups(B, parties, by_units)
     saved = empty((N, T if keep else 0, -(-H // V), M, numbers_saved(cell), V), dtype)
     reset_h = empty(((T if keep else 1) if cell.reset else 0, B, H), dtype)
     chunk = min(T, chunk_steps(cell, B, H))
-    places = _forward_work(cell, V, I, H, chunk, M, max(N, parties))
+    places = _forward_work(cell, V, I, H, chunk, M, N)
     arguments = (
         x, *weights, lengths, states, saved, reset_h,
         *_rooms(places, parties, forward_panel(cell, V)[1][-1], B, H, dtype), chunk, M, False,
@@ -896,9 +904,9 @@ def backward(
 
     Given d_output_exponent (T, B), d_output stands for d_output·2^exponent, and the adjoint is rescaled by powers of
     two at every step, so that it neither under- nor overflows however long the sequence; weights get no gradient then.
-    dL/d weights is added to `into`, if that is given (both biases of a joint cell must hold the same there), for the
-    second half of a batch (see `_middle`) to `second`, if that is given. With `clip` the adjoint is clipped at every
-    step.
+    dL/d weights is added to `into`, if that is given (both biases of a joint cell must hold the same there). With
+    `second` too, that of the second half of the batch (see `_middle`) is added there, and the caller adds up both:
+    only so are sums over several calls those of one to the last bit. With `clip` the adjoint is clipped at every step.
     """
     call, gradients = prepare_backward(
         cell, trace, weights, d_output, d_final, d_output_exponent, into, clip=clip, second=second
@@ -936,7 +944,7 @@ def prepare_backward(
         second = into if scaled or halves == 1 else LayerWeights(*(empty(w.shape, dtype) for w in weights))
     span = chunk * middle - (-_APART // (-(-H // V) * V))
     parties, by_units = plan(cell, T, B, I, H, dtype, scaled or clip is not None)
-    M, N = _groups(B, parties, by_units)
+    M, N, parties = _groups(B, parties, by_units)
     if len(trace.saved) > 1:  # the batch stays shared as it was
         M, N = trace.saved.shape[3], len(trace.saved)
         parties, by_units = min(N, threads()), False

@@ -3,7 +3,7 @@
 Shapes: T steps, B batch, I inputs, H hidden units, G gates, S states (h, or h and c), P peepholes, K numbers saved.
 
     x (T, B, I)    weight_ih (G·H, I), weight_hh (G·H, H)    state, d_state (S, T+1, B, H), slot 0 is the initial one
-    ax, dax, dah (T, B, G·H)    saved (T, 1, B, K, H): one vector of H units, see `LayerTrace`
+    ax, dax, dah (T, B, G·H)    saved (1, T, 1, B, K, H): one vector of H units, see `LayerTrace`
 
 Each kernel is made once from a cell's `step` and `step_backward` and a `Plan`, and runs the whole sequence in one
 launch. The recurrent weights stay on the chip, packed in the order in which threads read them, as far as they fit. At a

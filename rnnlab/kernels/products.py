@@ -179,7 +179,7 @@ def _copies(V):
 
 @cache
 def multiply_columns(dtype):
-    """Build the product of rows of `a` with all panels, into rows of out[to:], `columns` long, without padding.
+    """Build the product of rows of `a` with all panels, into rows of out[to:], `columns` long, `stride` apart.
 
     Addresses: a, packed, and `zeros`, as many as a tile has in a row.
     """
@@ -187,22 +187,22 @@ def multiply_columns(dtype):
     _, copy_out = _copies(V)
 
     @part(dtype)
-    def multiply_columns(out, to, columns, zeros, a, a_row, packed, depth, rows, scratch):
+    def multiply_columns(out, to, stride, columns, zeros, a, a_row, packed, depth, rows, scratch):
         units, unit = (columns + V - 1) // V, 0
         while unit < units:
             width, r = width_at(unit, units, most), 0
             b, whole = packed + unit * VECTOR_BYTES * depth, columns - unit * V >= width * V
             while r < rows:
                 at, source, count = (
-                    to + r * columns + unit * V,
+                    to + r * stride + unit * V,
                     a + r * a_row * size,
                     rows if whole else min(V, rows - r),
                 )
                 if whole:
-                    block(width, address(out, at), columns, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
+                    block(width, address(out, at), stride, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
                 else:
                     block(width, address(scratch, 0), width * V, V, 0, zeros, 0, source, a_row, 1, b, depth, count)
-                    copy_out(out, at, columns, scratch, 0, width, count, columns - unit * V)
+                    copy_out(out, at, stride, scratch, 0, width, count, columns - unit * V)
                 r += count
             unit += width
 

@@ -78,7 +78,7 @@ def _gradients_kernel(name: str, row: Callable[..., Any], dtype: np.dtype[Any]) 
         carried[:] = 0
         pack_columns(packed_columns, 0, weight, 1, 1, most, 0, columns)
         columns_times(
-            d_features.reshape(-1), 0, H, address(zero, 0), address(logits.reshape(-1), 0), units * V,
+            d_features.reshape(-1), 0, H, H, address(zero, 0), address(logits.reshape(-1), 0), units * V,
             address(packed_columns, 0), O, N, scratch,
         )  # fmt: skip
         strips = (0, units)
@@ -151,7 +151,7 @@ def _omega_kernel(dtype: np.dtype[Any]) -> Any:
             for j in range(H):
                 delta[n, j] = delta[n, j] * dtype.type(1 / norms[n]) if counts else dtype.type(0)
         pack_columns(packed, 0, weight, 1, 1, most, 0, units)
-        columns_times(right, 0, H, address(zero, 0), address(left, 0), row, address(packed, 0), H, rows, scratch)
+        columns_times(right, 0, H, H, address(zero, 0), address(left, 0), row, address(packed, 0), H, rows, scratch)
         for n in range(rows):
             t, b, square = n // B, n % B, 0.0
             for j in range(H):
