@@ -40,8 +40,10 @@ def force(monkeypatch, parties, by_units):
 # Threads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("B", "halved"), [(1, False), (7, True), (7, False)])
-@pytest.mark.parametrize("cell", CELLS)
+SHARED = [(cell, B, B > 1) for cell in CELLS for B in (1, 7)]
+
+
+@pytest.mark.parametrize(("cell", "B", "halved"), [*SHARED, ("lstm_peephole", 7, False), ("gru", 7, False)])
 def test_threads_change_no_bit(monkeypatch, cell, B, halved):
     """Three panels of units in every product, the last ones narrower: so that each of three threads has one.
 
