@@ -104,6 +104,7 @@ def _shares_of_half(count, half, halves, rank, parties, by_units):
 
 @njit
 def _flat(weights):
+    """Return the arrays of a `LayerWeights`, each as one row of numbers."""
     return weights[0].reshape(-1), weights[1].reshape(-1), weights[2], weights[3], weights[4]
 
 
@@ -830,7 +831,7 @@ def _groups(B: int, parties: int, by_units: bool) -> tuple[int, int, int]:
 def _rooms(places: tuple[int, ...], parties: int, panel: int, B: int, H: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
     """Return where a kernel works: memory, the places in it, a panel and two lists of tiles for each thread."""
     lanes = VECTOR_BYTES // dtype.itemsize
-    first, panel = -(-places[-1] // lanes) * lanes + _APART, -(-panel // lanes) * lanes + _APART
+    first, panel = -(-places[-1] // lanes) * lanes, -(-panel // lanes) * lanes + _APART
     memory = empty((first + parties * panel,), dtype)
     tables = np.empty((parties, 2, -(-H // lanes) * B, 5), np.int64)
     return memory[:first], places, memory[first:].reshape(parties, panel), tables
