@@ -13,10 +13,9 @@ from numba import njit
 
 from ..activations import ARITHMETIC
 from .compiling import part, written
-from .simd import VECTOR_BYTES, address, move, tile
+from .simd import REGISTERS, VECTOR_BYTES, address, move, tile
 
 __all__ = [
-    "ACCUMULATORS",
     "DEPTH",
     "STRIPS",
     "add_narrow",
@@ -34,6 +33,7 @@ __all__ = [
     "scratch_size",
     "share",
     "shared_vectors",
+    "tile_rows",
     "whole_units",
     "width_at",
 ]
@@ -46,8 +46,26 @@ STRIPS = 8
 #: Bytes between rows up to which a strip is read where it lies: farther apart they would be too many pages.
 _NEAR = 2048
 
-#: Accumulators of the largest tile; with the vectors of the right factor they fill 32 registers.
-ACCUMULATORS = 24
+
+def tile_rows(columns: int) -> tuple[int, ...]:
+    """Return how many rows the tiles of so many columns of vectors have, the most first.
+
+    Measured: of 32 registers 24 hold sums. Of 16 registers 12 do, in two passes over four columns; where three columns
+    need two passes, one of them is too narrow to keep the pipelines busy, and eight rows have too many addresses.
+    """
+    if columns > 4:  # a panel for one row
+        return (1,)
+    if REGISTERS == 32:
+        return tuple(rows for rows in (8, 6, 4, 2, 1) if rows * columns <= 24)
+    return (3, 2, 1) if columns == 3 else (6, 4, 2, 1)
+
+
+def _next_tile(columns: int, rows: int) -> int:
+    """Return the rows of the first tile of `rows`: the most; but 8 are 4 and 4, which is faster than 6 and 2."""
+    return next(size for size in tile_rows(columns) if size <= rows and not (size == 6 and rows == 8))
+
+
+_NEXT_TILE = np.array([[0] + [_next_tile(columns, rows) for rows in range(1, 9)] for columns in range(1, 9)])
 
 
 def panel_units(group: int, one_row: bool = False) -> int:
@@ -81,12 +99,7 @@ def share(count, most, rank, parties):
 @njit
 def rows_at(width, group, rows):
     """Return the rows of the next tile of `width` units: as many of `rows` as stay in registers."""
-    if width > 1 and width * group > 4:  # a panel for one row
-        return 1
-    for size in (8, 6, 4, 2):
-        if size <= rows and size * width * group <= ACCUMULATORS and not (size == 6 and rows == 8):
-            return size  # 8 are 4 and 4, which is faster than 6 and 2
-    return 1
+    return _NEXT_TILE[width * group - 1, min(rows, 8)]
 
 
 @njit
@@ -114,7 +127,7 @@ def blocks(group, dtype):
     One function holds all tiles: a call for each, with a dozen numbers to hand on, took a tenth of a small product.
     """
     widths = sorted({panel_units(group) >> k for k in range(3)} - {0}, reverse=True)
-    shapes = [(w, r) for w in widths for r in (8, 6, 4, 2, 1) if r * w * group <= ACCUMULATORS]
+    shapes = [(w, r) for w in widths for r in tile_rows(w * group)]
     shapes.append((panel_units(group, one_row=True), 1))
     names = {f"tile_{w}_{r}": tile(r, w, group, dtype) for w, r in shapes}
     numbers = "out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, depth"

@@ -3,6 +3,7 @@
 A register tile of 6 rows × 4 vectors reaches 95 % of the FMA peak of `timing.peak_flops` from 50 multiply-adds deep.
 """
 
+import platform
 from functools import cache
 
 from llvmlite import binding, ir
@@ -11,8 +12,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHAINS", "CPU", "VECTOR_BYTES", "address", "move", "prefetch", "run_chains", "tile"]
-__all__ += ["use_whole_registers"]
+__all__ = ["CHAINS", "CPU", "REGISTERS", "VECTOR_BYTES", "address", "columns_at_once", "move", "prefetch", "run_chains"]
+__all__ += ["tile", "use_whole_registers"]
 
 
 #: LLVM's name of this CPU.
@@ -21,6 +22,9 @@ _features = binding.get_host_cpu_features()
 
 #: Bytes in one vector register of this CPU: 64 (AVX-512), 32 (AVX2) or 16 (NEON, SSE).
 VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
+
+#: Vector registers of this CPU: 32 with AVX-512 and NEON, else 16.
+REGISTERS = 32 if _features.get("avx512f") or platform.machine() in ("aarch64", "arm64") else 16
 
 
 class _Vectors:
@@ -150,6 +154,14 @@ def use_whole_registers(typing_context):
 # Multiply-adds ------------------------------------------------------------------------------------------------------
 
 
+def columns_at_once(rows: int, columns: int) -> int:
+    """Return how many of a tile's columns of vectors to sum up at once, so that registers hold sums and factors."""
+    passes = 1
+    while rows > 1 and (rows + 1) * -(-columns // passes) + 1 >= REGISTERS:
+        passes += 1
+    return -(-columns // passes)
+
+
 @cache
 def tile(rows, units, group, dtype):
     """Build the product of a tile that stays in registers: `rows` × C vectors of V numbers, C = units·group.
@@ -162,7 +174,7 @@ def tile(rows, units, group, dtype):
     where out, start, a and b are addresses of numbers of `dtype`, count ≥ 1. No bounds are checked. Each number
     sums its k in order, whatever the tile: results do not depend on how rows and columns are cut into tiles.
     """
-    cells = [(r, u, g) for r in range(rows) for u in range(units) for g in range(group)]
+    columns, most = units * group, columns_at_once(rows, units * group)
 
     @intrinsic
     def product(typing_context, out, o_row, o_unit, o_gate, start, s_row, a, a_row, a_k, b, count):
@@ -179,24 +191,30 @@ def tile(rows, units, group, dtype):
                     pointer = builder.gep(pointer, [builder.mul(step, constant(number))])
                 return pointer
 
-            def begin(r, u, g):
-                return offset(start_, (s_row_, r), (constant(vectors.lanes), u * group + g))
+            def begin(r, c):
+                return offset(start_, (s_row_, r), (constant(vectors.lanes), c))
 
-            def multiply_add(k, sums):
-                row = builder.gep(b_, [builder.mul(k, constant(units * group * vectors.lanes))])
-                right = [vectors.load(offset(row, (constant(vectors.lanes), c))) for c in range(units * group)]
-                step = builder.mul(k, a_k_)
-                factors = [vectors.broadcast(builder.load(builder.gep(pointer, [step]))) for pointer in left]
-                pairs = zip(cells, sums, strict=True)
-                return [vectors.fma(factors[r], right[u * group + g], total) for (r, u, g), total in pairs]
+            def sum_up(these):
+                cells = [(r, c) for r in range(rows) for c in these]
 
-            for cell in cells:  # read at the end, it may come from far
-                vectors.prefetch(begin(*cell))
+                def multiply_add(k, sums):
+                    row = builder.gep(b_, [builder.mul(k, constant(columns * vectors.lanes))])
+                    right = {c: vectors.load(offset(row, (constant(vectors.lanes), c))) for c in these}
+                    step = builder.mul(k, a_k_)
+                    factors = [vectors.broadcast(builder.load(builder.gep(pointer, [step]))) for pointer in left]
+                    pairs = zip(cells, sums, strict=True)
+                    return [vectors.fma(factors[r], right[c], total) for (r, c), total in pairs]
+
+                for cell in cells:  # read at the end, it may come from far
+                    vectors.prefetch(begin(*cell))
+                sums = vectors.loop(count_, [vectors.zero] * len(cells), multiply_add)
+                for total, (r, c) in zip(sums, cells, strict=True):
+                    value = builder.fadd(vectors.load(begin(r, c)), total)
+                    vectors.store(value, offset(out_, (o_row_, r), (o_unit_, c // group), (o_gate_, c % group)))
+
             left = [offset(a_, (a_row_, r)) for r in range(rows)]
-            sums = vectors.loop(count_, [vectors.zero] * len(cells), multiply_add)
-            for total, (r, u, g) in zip(sums, cells, strict=True):
-                value = builder.fadd(vectors.load(begin(r, u, g)), total)
-                vectors.store(value, offset(out_, (o_row_, r), (o_unit_, u), (o_gate_, g)))
+            for first in range(0, columns, most):
+                sum_up(range(first, min(columns, first + most)))
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 11), generate
