@@ -38,13 +38,15 @@ __all__ = [
     "width_at",
 ]
 
-#: Rows that `add_transposed` packs at a time: a strip of them and part of a panel stay in the first-level cache,
-DEPTH = 256
+#: Rows that `add_transposed` packs at a time: a strip of them and part of a panel stay in the first-level cache, or all
+#: of the panel, where tiles pass over it twice,
+DEPTH = 256 if REGISTERS == 32 else 128
 #: and so many strips of V rows of the result in the second-level cache.
 STRIPS = 8
 
-#: Bytes between rows up to which a strip is read where it lies: farther apart they would be too many pages.
-_NEAR = 2048
+#: Bytes between rows up to which a strip is read where it lies, for so many panels at the most: rows that are farther
+#: apart would be in too many pages, and with more panels packing pays.
+_NEAR, _FEW_PANELS = 2048, 2
 
 
 def tile_rows(columns: int) -> tuple[int, ...]:
@@ -65,7 +67,8 @@ def _next_tile(columns: int, rows: int) -> int:
     return next(size for size in tile_rows(columns) if size <= rows and not (size == 6 and rows == 8))
 
 
-_NEXT_TILE = np.array([[0] + [_next_tile(columns, rows) for rows in range(1, 9)] for columns in range(1, 9)])
+#: `_next_tile` of every number of columns, and of rows up to those from which on it is the same.
+_NEXT_TILE = np.array([[0, *(_next_tile(columns, rows) for rows in range(1, 10))] for columns in range(9)])
 
 
 def panel_units(group: int, one_row: bool = False) -> int:
@@ -99,7 +102,7 @@ def share(count, most, rank, parties):
 @njit
 def rows_at(width, group, rows):
     """Return the rows of the next tile of `width` units: as many of `rows` as stay in registers."""
-    return _NEXT_TILE[width * group - 1, min(rows, 8)]
+    return _NEXT_TILE[width * group, min(rows, len(_NEXT_TILE[0]) - 1)]
 
 
 @njit
@@ -333,7 +336,8 @@ def add_transposed(dtype):
     @part(dtype)
     def add_transposed(out, a, a0, stride, gates, which, b, b0, runs, columns, rows, strips, scratch):
         H, flat, units = out.shape[0] // gates, out.reshape(-1), (columns + V - 1) // V
-        left, corner, near = units * DEPTH * V, (units + STRIPS) * DEPTH * V, stride * SIZE <= _NEAR
+        left, corner = units * DEPTH * V, (units + STRIPS) * DEPTH * V
+        near = stride * SIZE <= _NEAR and units <= _FEW_PANELS * most
         for k0 in range(0, rows, DEPTH):
             depth = min(DEPTH, rows - k0)
             unit = 0
