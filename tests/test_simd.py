@@ -1,4 +1,4 @@
-"""Moves of a vector register, and the barrier of threads."""
+"""Moves of a vector register, tiles of a product, and the barrier of threads."""
 
 import threading
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from rnnlab.kernels.simd import VECTOR_BYTES, address, move
+from rnnlab.kernels.simd import REGISTERS, VECTOR_BYTES, address, columns_at_once, move, tile
 from rnnlab.kernels.team import wait_for_all
 
 
@@ -51,6 +51,43 @@ def test_address_is_that_of_the_number():
     array = np.zeros(9, np.float32)
     assert [place(array, i) for i in (0, 1, 8)] == [array.ctypes.data + 4 * i for i in (0, 1, 8)]
     assert place(array[3:], 2) == array.ctypes.data + 20
+
+
+def tile_sums(rows, units, group, dtype, a, b, start):
+    """start + a·b of one tile: rows of a one by one, or all at once."""
+    V, (count, depth), columns = VECTOR_BYTES // np.dtype(dtype).itemsize, a.shape, units * group
+    product = tile(rows, units, group, np.dtype(dtype))
+
+    @njit
+    def run(out, start, a, b):
+        width = columns * V
+        for r in range(0, count, rows):
+            product(
+                address(out, r * width), width, group * V, V, address(start, r * width), width,
+                address(a, r * depth), depth, 1, address(b, 0), depth,
+            )  # fmt: skip
+
+    out = np.full(start.shape, np.nan, dtype)
+    run(out.reshape(-1), start.reshape(-1), a.reshape(-1), b.reshape(-1))
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("rows", "units", "group"), [(6, 1, 4), (3, 1, 3), (12, 4, 2), (8, 8, 1), (2, 40, 1)])
+def test_columns_that_registers_do_not_hold_at_once_give_the_same_bits(dtype, rows, units, group):
+    """The last three take several passes on any CPU: the sums of 96, 64 and 80 vectors."""
+    columns, depth = units * group, 37
+    rng = np.random.default_rng(rows)
+    numbers = columns * VECTOR_BYTES // np.dtype(dtype).itemsize
+    a, b, start = (rng.normal(size=n).astype(dtype) for n in ((rows, depth), (depth, numbers), (rows, numbers)))
+    at_once = columns_at_once(rows, columns)
+    assert (rows + 1) * at_once < REGISTERS
+    assert rows * columns < 64 or at_once < columns
+    sums = tile_sums(rows, units, group, dtype, a, b, start)
+    np.testing.assert_array_equal(sums, tile_sums(1, units, group, dtype, a, b, start))
+    exact, size = start + a.astype(float) @ b.astype(float), np.abs(start) + np.abs(a) @ np.abs(b)
+    # `depth` roundings, each of half a unit in the last place of a partial sum no larger than `size`.
+    assert (np.abs(sums - exact) <= depth * np.finfo(dtype).eps * size).all()
 
 
 @njit(nogil=True)
