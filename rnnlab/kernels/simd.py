@@ -158,7 +158,7 @@ def use_whole_registers(typing_context):
 def columns_at_once(rows: int, columns: int) -> int:
     """Return how many of a tile's columns of vectors to sum up at once, so that registers hold sums and factors."""
     passes = 1
-    while rows > 1 and (rows + 1) * -(-columns // passes) + 1 >= REGISTERS:
+    while rows > 1 and passes < columns and (rows + 1) * -(-columns // passes) + 1 >= REGISTERS:
         passes += 1
     return -(-columns // passes)
 
@@ -229,7 +229,6 @@ CHAINS = 12
 
 @intrinsic
 def _fma_chains(typing_context, x, count):
-
     def generate(context, builder, signature, arguments):
         vectors = _Vectors(context, builder, x)
         start = vectors.broadcast(arguments[0])
