@@ -18,13 +18,14 @@ Shape = tuple[int, ...]
 
 
 class Params(Mapping[str, Array]):
-    """An ordered mapping from names to arrays that all live in one flat buffer, `flat`.
+    """An ordered mapping from names to arrays of `shapes`, which all live in one flat buffer, `flat`.
 
     Assigning copies into the buffer: `params["bias_hh_l0"] = values` raises TypeError for another dtype and ValueError
     for another shape or a number that is not finite. The arrays may also be written in place.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], dtype: np.dtype[Any]) -> None:
+        self.shapes = dict(shapes)
         ends = list(itertools.accumulate(map(math.prod, shapes.values()), initial=0))
         self.flat: Array = np.zeros(ends[-1], dtype)
         self._arrays = {
@@ -53,11 +54,6 @@ class Params(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._arrays)
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """The shape of each array."""
-        return {name: array.shape for name, array in self.items()}
 
     def __repr__(self) -> str:
         return f"Params({', '.join(f'{name}: {shape}' for name, shape in self.shapes.items())})"

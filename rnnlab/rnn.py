@@ -1,8 +1,7 @@
 """Recurrent networks: any cell of `CELLS`, stacked, in one or both directions, over sequences of unequal length."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,8 +27,7 @@ Array = NDArray[Any]
 State = Array | tuple[Array, Array]
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """What `Recurrent.forward` computed; layer-direction k is layer·D + direction, D being 1 or 2 directions.
 
     output (T, B, D·H), zero past the end of a sequence; h[k], and c[k] for cells with a cell state, (T+1, B, H): slot 0
@@ -48,8 +46,7 @@ class Trace:
     kept: bool
 
 
-@dataclass(frozen=True)
-class Checkpoints:
+class Checkpoints(NamedTuple):
     """What `Recurrent.checkpoint` kept: states (S, L, B, H) once in `every` steps, output if asked, the last state."""
 
     x: Array
@@ -60,8 +57,7 @@ class Checkpoints:
     final: State
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """What `Recurrent.backward` computed.
 
     params: dL/d each parameter, by name; x (T, B, I); h[k] and c[k] (T+1, B, H): the total derivatives dL/dh_t and
@@ -223,8 +219,7 @@ class Recurrent:
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
-        last = [trace.state[:, T] for trace in layers]
-        final = self.unstack_state(last[0][:, None].copy() if len(last) == 1 else np.stack(last, axis=1))
+        final = self.unstack_state(_of_layers([trace.state[:, T] for trace in layers]))
         return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks, keep)
 
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
@@ -256,7 +251,7 @@ class Recurrent:
         d_output = np.zeros_like(run.output) if d_output is None else d_output
         layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into, clip=clip)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
-        initial = self.unstack_state(np.stack([[slots[0] for slots in kind] for kind in states]))
+        initial = self.unstack_state(_of_layers([layer.state[:, 0] for layer in layers]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
 
     def backpropagate(
@@ -348,7 +343,7 @@ class Recurrent:
             trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
             layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into, second=second, clip=clip)
-            d_final = self.unstack_state(np.stack([[layer.state[s, 0] for layer in layers] for s in range(len(state))]))
+            d_final = self.unstack_state(_of_layers([layer.state[:, 0] for layer in layers]))
         assert d_final is not None
         gradients.flat += others.flat
         return Gradients(gradients, dx, [], [], d_final)
@@ -434,6 +429,11 @@ def _stack(state: State) -> Array:
     return state[None] if isinstance(state, np.ndarray) else np.stack(state)
 
 
+def _of_layers(states: list[Array]) -> Array:
+    """Return the states (S, B, H) of every layer-direction as (S, L·D, B, H), a copy."""
+    return states[0][:, None].copy() if len(states) == 1 else np.stack(states, axis=1)
+
+
 def _remaining(lengths: NDArray[np.int64], start: int, part: Array) -> NDArray[np.int64]:
     """Return the lengths that are left from step `start` on, within `part`."""
     return np.clip(lengths - start, 0, len(part))
@@ -455,12 +455,12 @@ def past_end(lengths: Any, values: Array) -> NDArray[np.bool_]:
 
 def _sum_directions(pair: list[LayerGradients], lengths: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64] | None]:
     """Add up dL/dx of the directions, with their common exponent if they are scaled."""
-    dx = [pair[0].x, *(_reverse(layer.x, lengths) for layer in pair[1:])]
-    if pair[0].exponent is None:
-        return (dx[0] if len(dx) == 1 else dx[0] + dx[1]), None
     exponents = [layer.exponent[1:] for layer in pair if layer.exponent is not None]
-    if len(dx) == 1:
-        return dx[0], exponents[0]
+    if len(pair) == 1:
+        return pair[0].x, exponents[0] if exponents else None
+    dx = [pair[0].x, _reverse(pair[1].x, lengths)]
+    if not exponents:
+        return dx[0] + dx[1], None
     exponents[1] = _reverse(exponents[1], lengths)
     # A gradient of zero has no say in the common exponent.
     top = np.maximum(*(np.where(d.any(axis=2), e, -(2**30)) for d, e in zip(dx, exponents, strict=True)))
