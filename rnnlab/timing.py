@@ -139,7 +139,7 @@ def ratio(ours: Seconds, peer: Seconds) -> Ratio:
 
 
 def peak_flops(dtype: DTypeLike = "float32", threads: int = 1) -> float:
-    """Measure the FLOP/s that `threads` cores reach together on fused multiply-adds in registers, the best of ten."""
+    """Measure the FLOP/s that `threads` cores reach together on fused multiply-adds in registers, the best of forty."""
     number, count = np.dtype(dtype), 2_000_000
     x = np.full(1, 0.5, number)[0]
     flops = 2.0 * CHAINS * (VECTOR_BYTES // number.itemsize) * count * threads
@@ -147,7 +147,7 @@ def peak_flops(dtype: DTypeLike = "float32", threads: int = 1) -> float:
 
 
 def bandwidth(threads: int = 1, megabytes: int = 64) -> float:
-    """Measure the bytes/s that `threads` cores move together from and to memory (STREAM's add, a + b → c), best of ten.
+    """Measure the bytes/s that `threads` cores move together (STREAM's add, a + b → c), the best of forty.
 
     McCalpin (1995). `megabytes` is the size of each array; three of them must exceed the caches.
     """
@@ -156,7 +156,7 @@ def bandwidth(threads: int = 1, megabytes: int = 64) -> float:
     return 3.0 * 8 * size * threads / _together(lambda k: np.add(arrays[k][0], arrays[k][1], out=arrays[k][2]), threads)
 
 
-def _together(work: Callable[[int], Any], threads: int, repeats: int = 10) -> float:
+def _together(work: Callable[[int], Any], threads: int, repeats: int = 40) -> float:
     """Return the least seconds in which `threads` threads each did their work, on a core of its own if there is one."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
