@@ -5,7 +5,7 @@ CPUs with 16 vector registers (AVX2) in two passes over two vectors each, 90 to 
 """
 
 import platform
-from functools import cache
+from functools import cache, reduce
 
 from llvmlite import binding, ir
 from numba import njit
@@ -89,7 +89,10 @@ class _Vectors:
         ):
             phi.add_incoming(first, before)
             phi.add_incoming(value, inside)
-        builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+        # Unrolled, loads would skip lines, which processors do not foresee. Properties of a loop name themselves.
+        once = builder.module.add_metadata([builder.module.add_metadata(["llvm.loop.unroll.disable"])])
+        once.operands = once, *once.operands
+        builder.cbranch(builder.icmp_signed("<", following, count), inside, after).set_metadata("llvm.loop", once)
         builder.position_at_end(after)
         return new
 
@@ -188,8 +191,8 @@ def tile(rows, units, group, dtype):
                 return ir.Constant(count_.type, number)
 
             def offset(pointer, *steps):
-                for step, number in steps:
-                    pointer = builder.gep(pointer, [builder.mul(step, constant(number))])
+                for step, n in steps:
+                    pointer = builder.gep(pointer, [builder.mul(step, constant(n) if isinstance(n, int) else n)])
                 return pointer
 
             def begin(r, c):
@@ -201,13 +204,13 @@ def tile(rows, units, group, dtype):
                 def multiply_add(k, sums):
                     row = builder.gep(b_, [builder.mul(k, constant(columns * vectors.lanes))])
                     right = {c: vectors.load(offset(row, (constant(vectors.lanes), c))) for c in these}
+                    if group == 1 and rows > 1:  # what it adds to may lie far; all lines at once would not be brought
+                        c = builder.and_(builder.lshr(k, constant(3)), constant(columns - 1))
+                        vectors.prefetch(begin(builder.and_(k, constant(7)), c))
                     step = builder.mul(k, a_k_)
                     factors = [vectors.broadcast(builder.load(builder.gep(pointer, [step]))) for pointer in left]
-                    pairs = zip(cells, sums, strict=True)
-                    return [vectors.fma(factors[r], right[c], total) for (r, c), total in pairs]
+                    return [vectors.fma(factors[r], right[c], total) for (r, c), total in zip(cells, sums, strict=True)]
 
-                for cell in cells:  # read at the end, it may come from far
-                    vectors.prefetch(begin(*cell))
                 sums = vectors.loop(count_, [vectors.zero] * len(cells), multiply_add)
                 for total, (r, c) in zip(sums, cells, strict=True):
                     value = builder.fadd(vectors.load(begin(r, c)), total)
@@ -235,10 +238,7 @@ def _fma_chains(typing_context, x, count):
         chains = vectors.loop(
             arguments[1], [start] * CHAINS, lambda k, chains: [vectors.fma(chain, start, start) for chain in chains]
         )
-        total = chains[0]
-        for chain in chains[1:]:
-            total = builder.fadd(total, chain)
-        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+        return builder.extract_element(reduce(builder.fadd, chains), ir.Constant(ir.IntType(32), 0))
 
     return x(x, count), generate
 
