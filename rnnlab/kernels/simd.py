@@ -89,7 +89,7 @@ class _Vectors:
         ):
             phi.add_incoming(first, before)
             phi.add_incoming(value, inside)
-        # Unrolled, loads would skip lines, which processors do not foresee. Properties of a loop name themselves.
+        # Unrolled, loads would skip lines, which processors do not foresee. LLVM wants a node that holds itself.
         once = builder.module.add_metadata([builder.module.add_metadata(["llvm.loop.unroll.disable"])])
         once.operands = once, *once.operands
         builder.cbranch(builder.icmp_signed("<", following, count), inside, after).set_metadata("llvm.loop", once)
@@ -204,7 +204,7 @@ def tile(rows, units, group, dtype):
                 def multiply_add(k, sums):
                     row = builder.gep(b_, [builder.mul(k, constant(columns * vectors.lanes))])
                     right = {c: vectors.load(offset(row, (constant(vectors.lanes), c))) for c in these}
-                    if group == 1 and rows > 1:  # what it adds to may lie far; all lines at once would not be brought
+                    if group == 1 and rows > 1:  # gradients are added to what may lie far; all at once is not brought
                         c = builder.and_(builder.lshr(k, constant(3)), constant(columns - 1))
                         vectors.prefetch(begin(builder.and_(k, constant(7)), c))
                     step = builder.mul(k, a_k_)
