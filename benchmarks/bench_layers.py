@@ -1,13 +1,13 @@
-"""Wall time of one layer: inference, as it comes and prepared, and training (forward and all gradients)."""
+"""Wall time of one layer: inference and training (forward and all gradients), each as it comes and prepared."""
 
-from rnnlab import Inference
+from rnnlab import Backpropagation, Inference
 
 from . import shapes
 
 
 def on_the_cpu(cell, shape, device, dtype):
     if device != "cpu":
-        raise NotImplementedError("a prepared inference runs on the CPU")
+        raise NotImplementedError("prepared networks run on the CPU")
 
 
 class Layers:
@@ -18,7 +18,8 @@ class Layers:
 
     def setup(self, cell, shape, device, dtype):
         self.net, self.x, self.d_output = shapes.problem(cell, shape, dtype, device)
-        self.run = Inference(self.net, *self.x.shape[:2]) if device == "cpu" else None
+        if device == "cpu":
+            self.run, self.through = (kind(self.net, *self.x.shape[:2]) for kind in (Inference, Backpropagation))
 
     def time_forward(self, cell, shape, device, dtype):
         self.net.forward(self.x, keep=False)
@@ -30,3 +31,9 @@ class Layers:
 
     def time_training(self, cell, shape, device, dtype):
         self.net.backward(self.net.forward(self.x), self.d_output)
+
+    def time_backpropagation(self, cell, shape, device, dtype):
+        self.through.forward(self.x)
+        self.through.backward(self.d_output)
+
+    time_backpropagation.setup = on_the_cpu

@@ -3,9 +3,9 @@
 from .cells import CELLS
 from .contributions import Contributions, contribution_matrix
 from .gradients import Decay, GradientFlow, gradient_flow
-from .inference import Inference
 from .lyapunov import Lyapunov, lyapunov_spectrum
 from .model import LossGradients, SequenceModel
+from .prepared import Backpropagation, Inference
 from .rnn import GRU, LSTM, RNN, Gradients, Recurrent, Trace
 from .training import StepResult, TrainingLog, TrainingStep, train
 
@@ -14,6 +14,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Backpropagation",
     "Contributions",
     "Decay",
     "GradientFlow",

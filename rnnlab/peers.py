@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from .checks import check_choice, generator
 from .clipping import ByGlobalNorm
 from .costs import Shape
-from .inference import Inference
 from .kernels import DEVICES, LayerWeights, backend, threads
 from .model import SequenceModel
 from .optim import SGD
+from .prepared import Backpropagation, Inference
 from .rnn import Recurrent
 from .tasks import Task, check_steps, target_rows
 from .training import TrainingStep
@@ -172,9 +172,11 @@ def prepare_rnnlab(problem: Problem) -> Run:
         run = Inference(net, *x.shape[:2])
         return Run(lambda: run(x), lambda: {"output": run(x)[0]})
 
+    prepared = Backpropagation(net, *x.shape[:2])
+
     def train() -> Any:
-        trace = net.forward(x)
-        return trace.output, net.backward(trace, upstream)
+        output, _ = prepared.forward(x)
+        return output, prepared.backward(upstream)
 
     def result() -> Results:
         output, gradients = train()

@@ -219,7 +219,7 @@ class Recurrent:
                 outputs.append(_reverse(h, steps) if direction else h)
             output = np.concatenate(outputs, axis=2) if self.bidirectional else outputs[0]
         states = [[trace.state[s] for trace in layers] for s in range(len(self.cell.states))]
-        final = self.unstack_state(_of_layers([trace.state[:, T] for trace in layers]))
+        final = self.unstack_state(of_layers([trace.state[:, T] for trace in layers]))
         return Trace(output, states[0], states[1] if len(states) > 1 else [], final, layers, steps, masks, keep)
 
     def backward(self, trace: Trace, d_output: Array, d_final: State | None = None) -> Gradients:
@@ -233,7 +233,8 @@ class Recurrent:
         shape = (*trace.output.shape[:2], self.directions * self.hidden_size)
         past = (lambda d: past_end(trace.lengths, d)) if trace.lengths.min() < shape[0] else None
         d_output = check_array("d_output", d_output, shape, self.dtype, past=past)
-        self.stack_state("d_final", d_final, shape[1])
+        if d_final is not None:
+            self.stack_state("d_final", d_final, shape[1])
         return self.gradients(trace, d_output, d_final)
 
     def gradients(
@@ -251,7 +252,7 @@ class Recurrent:
         d_output = np.zeros_like(run.output) if d_output is None else d_output
         layers, dx, _ = self.backpropagate(run, d_output, d_final, into=into, clip=clip)
         states = [[layer.state[s] for layer in layers] for s in range(len(self.cell.states))]
-        initial = self.unstack_state(_of_layers([layer.state[:, 0] for layer in layers]))
+        initial = self.unstack_state(of_layers([layer.state[:, 0] for layer in layers]))
         return Gradients(gradients, dx, states[0], states[1] if len(states) > 1 else [], initial)
 
     def backpropagate(
@@ -343,7 +344,7 @@ class Recurrent:
             trace = self._run(run.x[part], state, _remaining(run.lengths, start, run.x[part]), False, True)
             received = np.zeros_like(trace.output) if d_output is None else d_output[part]
             layers, dx[part], _ = self.backpropagate(trace, received, d_final, into=into, second=second, clip=clip)
-            d_final = self.unstack_state(_of_layers([layer.state[:, 0] for layer in layers]))
+            d_final = self.unstack_state(of_layers([layer.state[:, 0] for layer in layers]))
         assert d_final is not None
         gradients.flat += others.flat
         return Gradients(gradients, dx, [], [], d_final)
@@ -429,7 +430,7 @@ def _stack(state: State) -> Array:
     return state[None] if isinstance(state, np.ndarray) else np.stack(state)
 
 
-def _of_layers(states: list[Array]) -> Array:
+def of_layers(states: list[Array]) -> Array:
     """Return the states (S, B, H) of every layer-direction as (S, L·D, B, H), a copy."""
     return states[0][:, None].copy() if len(states) == 1 else np.stack(states, axis=1)
 

@@ -845,6 +845,10 @@ class Call(NamedTuple):
     parties: int
     by_units: bool
 
+    def on(self, *first: Array) -> "Call":
+        """Return the call on other arrays in the first places: x, of `prepare_backward` x and d_output."""
+        return Call(self.kernel, (*first, *self.arguments[len(first) :]), *self[2:])
+
 
 def forward(
     cell: Cell, x: Array, weights: LayerWeights, state: Array, lengths: NDArray[np.int64], keep: bool = True
@@ -887,7 +891,7 @@ def repeat(call: Call, x: Array, states: Array) -> Call:
     x (T, B, I) is of the same shape, states (S, T+1, B, H) with slot 0 given, or (1, T+S, B, H): h, slot 0 given, then
     the other states, given those that are first and left as those that are last. Both are C-contiguous.
     """
-    return call._replace(arguments=(x, *call.arguments[1:7], states, *call.arguments[8:-1], True))
+    return Call(call.kernel, (x, *call.arguments[1:7], states, *call.arguments[8:-1], True), *call[2:])
 
 
 def backward(

@@ -6,9 +6,8 @@ import math
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -46,18 +45,34 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if size == 0:
         return np.empty(shape, dtype)
     if size < _SMALL:
-        memory = np.empty(size + _LINE, np.uint8)
-        return np.ndarray(shape, dtype, memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % _LINE)
+        return np.ndarray(shape, dtype, _new(size))
     step = 1 << (size.bit_length() - 4)
     size = -(-size // step) * step
     try:
         memory = _free[size].pop()
     except (KeyError, IndexError):
-        memory = np.empty(size + _LINE, np.uint8)
+        memory = _new(size)
     # Not an array, so that views of the result refer to it, and not to the memory behind it.
-    lease = (ctypes.c_char * size).from_address(memory.ctypes.data + -memory.ctypes.data % _LINE)
-    weakref.finalize(lease, _keep, size, memory).atexit = False
-    return np.ndarray(shape, dtype, lease)  # type: ignore[arg-type]
+    lease = _lease(size).from_address(memory.ctypes.data)
+    lease.memory = memory
+    return np.ndarray(shape, dtype, lease)
+
+
+def _new(size: int) -> NDArray[np.uint8]:
+    """Return so many bytes that begin on a cache line."""
+    memory = np.empty(size + _LINE, np.uint8)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % _LINE
+    return memory[begin : begin + size]
+
+
+@cache
+def _lease(size: int) -> Any:
+    """Return the type of so many bytes in `memory`, which is kept for others when they are gone."""
+
+    def leave(lease: Any) -> None:
+        _keep(size, lease.memory)
+
+    return type("Lease", (ctypes.Array,), {"_type_": ctypes.c_char, "_length_": size, "__del__": leave})
 
 
 def _counters(count: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Prepared inference: the numbers of `Recurrent.forward`, weights as they were, and what it refuses."""
+"""Prepared networks: the numbers of `Recurrent`, what is kept from call to call, and what they refuse."""
 
 import math
 
@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from conftest import parts_of, random_network, random_state
 
-from rnnlab import CELLS, LSTM, Inference, inference
+from rnnlab import CELLS, LSTM, Backpropagation, Inference, prepared
 from rnnlab.kernels import cpu
+
+NETWORKS = pytest.mark.parametrize(("T", "B", "layers", "bidirectional"), [(7, 1, 1, False), (5, 4, 2, True)])
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("T", "B", "layers", "bidirectional"), [(7, 1, 1, False), (5, 4, 2, True)])
+@NETWORKS
 def test_outputs_are_those_of_forward(cell, T, B, layers, bidirectional):
     net, _ = random_network(cell, 3, 21, layers, bidirectional=bidirectional, dtype="float32")
     run, rng, state = Inference(net, T, B), np.random.default_rng(0), None
@@ -77,7 +79,7 @@ def test_states_are_written_and_nothing_behind_them(monkeypatch, cell, plan):
     x, state = rng.normal(size=(9, 5, 3)).astype(np.float32), random_state(rng, net, 5)
     want = net.forward(x, state)
     run = Inference(net, 9, 5)
-    monkeypatch.setattr(inference, "empty", guarded)
+    monkeypatch.setattr(prepared, "empty", guarded)
     output, last = run(x, state)
     np.testing.assert_array_equal(output, want.output)
     for got, exact in zip(parts_of(last), parts_of(want.final), strict=True):
@@ -86,3 +88,59 @@ def test_states_are_written_and_nothing_behind_them(monkeypatch, cell, plan):
         assert (memory[:32] == 12345).all()
         assert (memory[-32:] == 12345).all()
         assert np.isfinite(memory).all()
+
+
+# Backpropagation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bias", [True, False])
+@NETWORKS
+def test_gradients_are_those_of_backward(cell, bias, T, B, layers, bidirectional):
+    """Of weights that change from call to call, with states and their gradients, and without."""
+    net, _ = random_network(cell, 3, 21, layers, bidirectional=bidirectional, bias=bias, dtype="float32")
+    run, rng, state, d_final = Backpropagation(net, T, B), np.random.default_rng(0), None, None
+    for _ in range(3):
+        x, d_output = (rng.normal(size=(T, B, n)).astype("float32") for n in (3, 21 * net.directions))
+        trace = net.forward(x, state)
+        want = net.backward(trace, d_output, d_final)
+        output, last = run.forward(x, state)
+        got = run.backward(d_output, d_final)
+        mine = [output, *parts_of(last), got.x, got.params.flat, *got.h, *got.c, *parts_of(got.state)]
+        right = [trace.output, *parts_of(trace.final), want.x, want.params.flat, *want.h, *want.c]
+        for number, exact in zip(mine, [*right, *parts_of(want.state)], strict=True):
+            np.testing.assert_array_equal(number, exact)
+        net.params.flat[...] *= np.float32(0.5)
+        state, d_final = last, random_state(rng, net, B)
+
+
+def test_a_gradient_is_written_over_by_the_next():
+    net = LSTM(3, 20, seed=0)
+    run, x = Backpropagation(net, 6, 2), np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
+    output, _ = run.forward(x)
+    first = run.backward(np.ones_like(output))
+    before = first.params.flat.copy()
+    run.forward(-x)
+    second = run.backward(np.ones_like(output))
+    assert second.params is first.params
+    assert (first.params.flat != before).any()
+
+
+def test_what_backpropagation_refuses():
+    net = LSTM(3, 4, seed=0)
+    with pytest.raises(ValueError, match="batch must be an integer of at least 1, got 0"):
+        Backpropagation(net, 6, 0)
+    run, x, ones = Backpropagation(net, 6, 2), np.zeros((6, 2, 3), "float32"), np.ones((6, 2, 4), "float32")
+    with pytest.raises(RuntimeError, match="backward needs a forward pass before it"):
+        run.backward(ones)
+    with pytest.raises(ValueError, match=r"x must have shape \(6, 2, 3\).*got \(5, 2, 3\)"):
+        run.forward(x[1:])
+    with pytest.raises(TypeError, match=r"state of lstm must be a tuple \(h, c\)"):
+        run.forward(x, np.zeros((1, 2, 4), "float32"))
+    run.forward(x)
+    with pytest.raises(ValueError, match=r"d_output must have shape \(6, 2, 4\).*got \(6, 1, 4\)"):
+        run.backward(ones[:, :1])
+    with pytest.raises(ValueError, match="d_output must be finite"):
+        run.backward(np.full_like(ones, np.inf))
+    with pytest.raises(TypeError, match=r"d_final of lstm must be a tuple \(h, c\)"):
+        run.backward(ones, np.zeros((1, 2, 4), "float32"))
