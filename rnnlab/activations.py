@@ -9,6 +9,7 @@ An activation returns `(value, slope)`. The slope comes out of the same exponent
 or s·(1 − s), computed from a rounded value, would have cancelled.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,20 +34,21 @@ def _split_exp(real, integer, mantissa_bits, bias, lift, low, high, ln2_high, ln
     """
     low, high = real(low), real(high)
     log2_e, ln2_high, ln2_low = real(1 / np.log(2.0)), real(ln2_high), real(ln2_low)
-    # Adding 1.5·2^mantissa_bits rounds to a whole number and leaves that number in the low bits.
-    magic, up, down = real(1.5 * 2.0**mantissa_bits), real(2.0**lift), real(2.0**-lift)
-    negative, positive = (integer(bias + k - int(magic.view(integer))) for k in (lift, -lift))
-    mantissa_bits, zero = integer(mantissa_bits), real(0)
+    # Adding 1.5·2^mantissa_bits rounds to a whole number and leaves that number in the low bits, here added to what the
+    # exponent of s begins with.
+    falling, rising = (real(1.5 * 2.0**mantissa_bits + bias + k) for k in (lift, -lift))
+    up, down, mantissa_bits, zero = real(2.0**lift), real(2.0**-lift), integer(mantissa_bits), real(0)
 
     @scalar
     def split(a, sign):
         limit = high if sign > zero else low
         a = limit if a > limit else a
+        magic = rising if sign > zero else falling
         shifted = magic - a * (-sign * log2_e)  # a sum would become a comparison and a selection of −a, not a minimum
         whole = shifted - magic
         r = (sign * a - whole * ln2_high) - whole * ln2_low
-        exponent = real(shifted).view(integer) + (positive if sign > zero else negative)
-        return expm1(r), integer(exponent << mantissa_bits).view(real), up if sign > zero else down
+        s = integer(real(shifted).view(integer) << mantissa_bits).view(real)
+        return expm1(r), s, up if sign > zero else down
 
     return split
 
@@ -123,12 +125,11 @@ def sigmoid(x):
 @scalar
 def tanh(x):
     """Return tanh(x) and its slope 1 / cosh²(x)."""
-    one, two, four = type(x)(1), type(x)(2), type(x)(4)
+    one, two = type(x)(1), type(x)(2)
     p, s, tiny = _exp_parts(abs(x + x), -one)
     expm1 = s * tiny * p + (s * tiny - one)
     r = one / (two + expm1)
-    t = -expm1 * r
-    return (t if x >= type(x)(0) else -t), four * ((p * s + s) * tiny) * r * r
+    return math.copysign(expm1 * r, x), (p * s + s) * tiny * (r + r) * (r + r)
 
 
 @scalar
