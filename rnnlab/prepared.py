@@ -100,8 +100,15 @@ class Backpropagation:
 
     def __init__(self, net: Recurrent, steps: int, batch: int) -> None:
         self.net, self.shape = net, _shape_of(net, steps, batch)
-        self._gradients, self._ready, numbers = net.params.like(), False, range(net.num_layers * net.directions)
-        self._parts = [_Layer(net, k, steps, batch, self._gradients) for k in numbers]
+        self._prepare()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Backpropagation, (self.net, *self.shape[:2])  # a copy is prepared anew
+
+    def _prepare(self) -> None:
+        net, numbers = self.net, range(self.net.num_layers * self.net.directions)
+        self._weights, self._gradients, self._ready = net.params.flat, net.params.like(), False
+        self._parts = [_Layer(net, k, *self.shape[:2], self._gradients) for k in numbers]
         self._layers = [self._parts[k : k + net.directions] for k in numbers[:: net.directions]]
 
     def forward(self, x: Array, state: State | None = None) -> tuple[Array, State]:
@@ -109,6 +116,8 @@ class Backpropagation:
         net = self.net
         output = check_array("x", x, self.shape, net.dtype)
         initial = None if state is None else net.stack_state("state", state, self.shape[1])
+        if self._weights is not net.params.flat:  # they have moved into those of a model
+            self._prepare()
         for layer in self._layers:
             for part in layer:
                 part.forward(output, 0 if initial is None else initial[:, part.k])

@@ -1,12 +1,14 @@
 """Prepared networks: the numbers of `Recurrent`, what is kept from call to call, and what they refuse."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 from conftest import parts_of, random_network, random_state
 
-from rnnlab import CELLS, LSTM, Backpropagation, Inference, prepared
+from rnnlab import CELLS, LSTM, Backpropagation, Inference, SequenceModel, prepared
 from rnnlab.kernels import cpu
 
 NETWORKS = pytest.mark.parametrize(("T", "B", "layers", "bidirectional"), [(7, 1, 1, False), (5, 4, 2, True)])
@@ -124,6 +126,32 @@ def test_a_gradient_is_written_over_by_the_next():
     second = run.backward(np.ones_like(output))
     assert second.params is first.params
     assert (first.params.flat != before).any()
+
+
+def test_weights_are_found_where_they_have_moved_to():
+    net = LSTM(3, 5, seed=0)
+    run, x = Backpropagation(net, 6, 2), np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
+    model = SequenceModel(net, 2, seed=0)
+    model.params.flat[...] *= 2
+    output, _ = run.forward(x)
+    trace = net.forward(x)
+    np.testing.assert_array_equal(output, trace.output)
+    want = net.backward(trace, np.ones_like(output))
+    np.testing.assert_array_equal(run.backward(np.ones_like(output)).params.flat, want.params.flat)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_has_results_of_its_own(duplicate):
+    net = LSTM(3, 5, seed=0)
+    run, x = Backpropagation(net, 6, 2), np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
+    ones = np.ones((6, 2, 5), "float32")
+    other = duplicate(run)
+    run.forward(x)
+    other.forward(-x)
+    got, want = other.backward(ones), net.backward(net.forward(-x), ones)
+    run.backward(ones)
+    np.testing.assert_array_equal(got.params.flat, want.params.flat)
+    np.testing.assert_array_equal(got.x, want.x)
 
 
 def test_what_backpropagation_refuses():
