@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.compiling import cached
+from .kernels.finite import all_finite
 
 __all__ = [
-    "all_finite",
     "check_array",
     "check_choice",
     "check_dtype",
@@ -55,24 +54,6 @@ def check_array(
         raise ValueError(f"{name} must be finite, got {value[first]} at index {first}")
     checked: Array = value
     return checked
-
-
-#: All bits of the exponent are set in NaN and infinity, and in no other number.
-_EXPONENTS = {4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
-
-
-@cached("checks")
-def _any_full_exponent(bits: Array, exponent: np.unsignedinteger[Any]) -> bool:
-    found = False
-    for i in range(bits.size):
-        found |= (bits[i] & exponent) == exponent
-    return found
-
-
-def all_finite(value: Array) -> bool:
-    """Return whether a contiguous float32 or float64 array holds no NaN and no infinity, in one pass over its bits."""
-    exponent = _EXPONENTS[value.itemsize]
-    return not _any_full_exponent(value.reshape(-1).view(type(exponent)), exponent)
 
 
 def check_lengths(name: str, value: Any, batch: int, steps: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from conftest import (
 )
 
 from rnnlab import GRU, LSTM, RNN, Recurrent
+from rnnlab.kernels import finite
 
 # PyTorch --------------------------------------------------------------------------------------------------------------
 
@@ -447,6 +448,19 @@ def test_backward_names_what_is_wrong(d_output, d_final, error, message):
     net = LSTM(3, 6, dtype="float64")
     with pytest.raises(error, match=message):
         net.backward(net.forward(GOOD["x"]), d_output, d_final)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("parties", [1, 2, 3])
+def test_one_number_that_is_not_finite_is_found_by_any_number_of_threads(monkeypatch, parties, dtype):
+    monkeypatch.setattr(finite, "threads", lambda: parties)
+    x = np.full(2**20 // np.dtype(dtype).itemsize + 7, np.finfo(dtype).max)
+    assert finite.all_finite(x)
+    for i in {0, len(x) - 1} | {len(x) * k // parties + d for k in range(1, parties) for d in (-1, 0)}:
+        for bad in (np.nan, np.inf, -np.inf):
+            before, x[i] = x[i], bad
+            assert not finite.all_finite(x)
+            x[i] = before
 
 
 def test_nothing_goes_back_through_a_trace_that_was_not_kept():

@@ -24,7 +24,7 @@ _GPU = ("cuda", "plan", "ptx")
 
 def _read_sources():
     """Hash every file whose code ends up inside a kernel; Numba itself watches only that of the outer function."""
-    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "checks", "losses")]
+    scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "losses")]
     kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if path.stem not in _GPU]
     return hashlib.sha256(b"".join(path.read_bytes() for path in [*scalar, *kernels]))
 
