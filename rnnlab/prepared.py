@@ -92,8 +92,9 @@ class _Layer:
 class Backpropagation:
     """A network prepared to be trained: forward pass and BPTT, with the weights that it has when it is called.
 
-    Results are written over by the next call: copy what is to last, and change neither x nor weights between `forward`
-    and `backward`. There is no dropout, as in `Recurrent.forward` without `training`.
+    Results are written over by the next call: copy what is to last. Between `forward` and `backward` change neither x
+    nor weights; the output is read-only where `backward` reads it. There is no dropout, as in `Recurrent.forward`
+    without `training`.
 
     Raises ValueError for sizes below 1 and a network on a GPU.
     """
@@ -103,27 +104,34 @@ class Backpropagation:
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Backpropagation, (self.net, *self.shape[:2])  # a copy is prepared anew
+        return type(self), (self.net, *self.shape[:2])  # a copy is prepared anew
 
     def _prepare(self) -> None:
         net, numbers = self.net, range(self.net.num_layers * self.net.directions)
-        self._weights, self._gradients, self._ready = net.params.flat, net.params.like(), False
+        self._gradients, self._ready = net.params.like(), False
         self._parts = [_Layer(net, k, *self.shape[:2], self._gradients) for k in numbers]
         self._layers = [self._parts[k : k + net.directions] for k in numbers[:: net.directions]]
+        self._weights = net.params.flat
+
+    def _not_kept(self, given: Array) -> Array:
+        """Return an array, a copy where it is a result of an earlier call: that is written over."""
+        kept = (result for part in self._parts for result in (part.state, part.d_state, part.dx))
+        return given.copy() if any(np.may_share_memory(given, result) for result in kept) else given
 
     def forward(self, x: Array, state: State | None = None) -> tuple[Array, State]:
         """Return the output (T, B, D·H) for x (T, B, I) and the last state. Raises as `Recurrent.forward`."""
         net = self.net
-        output = check_array("x", x, self.shape, net.dtype)
+        output = self._not_kept(check_array("x", x, self.shape, net.dtype))
         initial = None if state is None else net.stack_state("state", state, self.shape[1])
         if self._weights is not net.params.flat:  # they have moved into those of a model
             self._prepare()
+        self._ready = False
         for layer in self._layers:
             for part in layer:
                 part.forward(output, 0 if initial is None else initial[:, part.k])
             outputs = [part.state[0, :0:-1] if part.reverse else part.state[0, 1:] for part in layer]
             output = np.concatenate(outputs, axis=2) if net.bidirectional else outputs[0]
-        self._ready = True
+        self._ready, output.flags.writeable = True, net.bidirectional
         return output, net.unstack_state(of_layers([part.state[:, -1] for part in self._parts]))
 
     def backward(self, d_output: Array, d_final: State | None = None) -> Gradients:
@@ -134,8 +142,8 @@ class Backpropagation:
         if not self._ready:
             raise RuntimeError("backward needs a forward pass before it, got none")
         net, (T, B, _), H = self.net, self.shape, self.net.hidden_size
-        dx = check_array("d_output", d_output, (T, B, net.directions * H), net.dtype)
-        last = None if d_final is None else net.stack_state("d_final", d_final, B)
+        dx = self._not_kept(check_array("d_output", d_output, (T, B, net.directions * H), net.dtype))
+        last = None if d_final is None else self._not_kept(net.stack_state("d_final", d_final, B))
         self._gradients.flat[:] = 0
         for layer in reversed(self._layers):
             for part in layer:

@@ -133,6 +133,14 @@ def test_infinities_and_nan(name, value, slope, dtype):
 
 
 @pytest.mark.parametrize("dtype", RANGE)
+def test_tanh_keeps_the_sign_of_zero(dtype):
+    value, slope = evaluate("tanh", np.array([0.0, -0.0], dtype))
+    np.testing.assert_array_equal(value, [0, 0])
+    np.testing.assert_array_equal(np.signbit(value), [False, True])
+    np.testing.assert_array_equal(slope, [1, 1])
+
+
+@pytest.mark.parametrize("dtype", RANGE)
 def test_relu_and_its_slope(dtype):
     largest, smallest = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
     x = np.array([-np.inf, -largest, -smallest, -0.0, 0.0, smallest, largest, np.inf], dtype)

@@ -95,25 +95,37 @@ def test_states_are_written_and_nothing_behind_them(monkeypatch, cell, plan):
 # Backpropagation ------------------------------------------------------------------------------------------------------
 
 
+def same_gradients(net, T, B):
+    """Three calls with weights that change, with states and their gradients and without; each goes back twice."""
+    run, rng, state, d_final = Backpropagation(net, T, B), np.random.default_rng(0), None, None
+    for _ in range(3):
+        x, d_output = (rng.normal(size=(T, B, n)).astype(net.dtype) for n in (3, 21 * net.directions))
+        trace = net.forward(x, state)
+        want = net.backward(trace, d_output, d_final)
+        output, last = run.forward(x, state)
+        right = [trace.output, *parts_of(trace.final), want.x, want.params.flat, *want.h, *want.c]
+        for _ in range(2):
+            got = run.backward(d_output, d_final)
+            mine = [output, *parts_of(last), got.x, got.params.flat, *got.h, *got.c, *parts_of(got.state)]
+            for number, exact in zip(mine, [*right, *parts_of(want.state)], strict=True):
+                np.testing.assert_array_equal(number, exact)
+        net.params.flat[...] *= 0.5
+        state, d_final = last, random_state(rng, net, B)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("bias", [True, False])
 @NETWORKS
 def test_gradients_are_those_of_backward(cell, bias, T, B, layers, bidirectional):
-    """Of weights that change from call to call, with states and their gradients, and without."""
     net, _ = random_network(cell, 3, 21, layers, bidirectional=bidirectional, bias=bias, dtype="float32")
-    run, rng, state, d_final = Backpropagation(net, T, B), np.random.default_rng(0), None, None
-    for _ in range(3):
-        x, d_output = (rng.normal(size=(T, B, n)).astype("float32") for n in (3, 21 * net.directions))
-        trace = net.forward(x, state)
-        want = net.backward(trace, d_output, d_final)
-        output, last = run.forward(x, state)
-        got = run.backward(d_output, d_final)
-        mine = [output, *parts_of(last), got.x, got.params.flat, *got.h, *got.c, *parts_of(got.state)]
-        right = [trace.output, *parts_of(trace.final), want.x, want.params.flat, *want.h, *want.c]
-        for number, exact in zip(mine, [*right, *parts_of(want.state)], strict=True):
-            np.testing.assert_array_equal(number, exact)
-        net.params.flat[...] *= np.float32(0.5)
-        state, d_final = last, random_state(rng, net, B)
+    same_gradients(net, T, B)
+
+
+@pytest.mark.parametrize("plan", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_many_chunks_and_an_odd_batch(monkeypatch, dtype, plan):
+    monkeypatch.setattr(cpu, "plan", lambda *_: plan)
+    same_gradients(random_network("lstm", 3, 21, 2, bidirectional=True, dtype=dtype, scale=0.3)[0], 300, 5)
 
 
 def test_a_gradient_is_written_over_by_the_next():
@@ -126,6 +138,21 @@ def test_a_gradient_is_written_over_by_the_next():
     second = run.backward(np.ones_like(output))
     assert second.params is first.params
     assert (first.params.flat != before).any()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_results_may_be_given_back(layers):
+    """As x, as dL/doutput, as dL/d last state: each lies where the next call writes."""
+    net, _ = random_network("gru", 5, 5, layers, dtype="float32")
+    run, x = Backpropagation(net, 600, 2), np.random.default_rng(0).normal(size=(600, 2, 5)).astype("float32")
+    output, _ = run.forward(x)
+    got = run.backward(np.ones_like(output))
+    for x, d_output, d_final in ((output, got.x, None), (got.x, got.h[-1][1:], got.h[0][:layers])):
+        want = net.backward(net.forward(x.copy()), d_output.copy(), None if d_final is None else d_final.copy())
+        run.forward(x)
+        got = run.backward(d_output, d_final)
+        np.testing.assert_array_equal(got.params.flat, want.params.flat)
+        np.testing.assert_array_equal(got.x, want.x)
 
 
 def test_weights_are_found_where_they_have_moved_to():
@@ -158,6 +185,11 @@ def test_what_backpropagation_refuses():
     net = LSTM(3, 4, seed=0)
     with pytest.raises(ValueError, match="batch must be an integer of at least 1, got 0"):
         Backpropagation(net, 6, 0)
+    elsewhere = LSTM(3, 4)
+    elsewhere.device = "cuda"
+    for kind in (Backpropagation, Inference):
+        with pytest.raises(ValueError, match="net must be on the CPU, got Recurrent"):
+            kind(elsewhere, 6, 2)
     run, x, ones = Backpropagation(net, 6, 2), np.zeros((6, 2, 3), "float32"), np.ones((6, 2, 4), "float32")
     with pytest.raises(RuntimeError, match="backward needs a forward pass before it"):
         run.backward(ones)
@@ -165,7 +197,9 @@ def test_what_backpropagation_refuses():
         run.forward(x[1:])
     with pytest.raises(TypeError, match=r"state of lstm must be a tuple \(h, c\)"):
         run.forward(x, np.zeros((1, 2, 4), "float32"))
-    run.forward(x)
+    output, _ = run.forward(x)
+    with pytest.raises(ValueError, match="read-only"):
+        output -= 1  # backward reads it
     with pytest.raises(ValueError, match=r"d_output must have shape \(6, 2, 4\).*got \(6, 1, 4\)"):
         run.backward(ones[:, :1])
     with pytest.raises(ValueError, match="d_output must be finite"):

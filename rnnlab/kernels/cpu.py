@@ -846,7 +846,7 @@ class Call(NamedTuple):
     by_units: bool
 
     def on(self, *first: Array) -> "Call":
-        """Return the call on other arrays in the first places: x, of `prepare_backward` x and d_output."""
+        """Return the call on other C-contiguous arrays of the same shapes: x, of `prepare_backward` d_output too."""
         return Call(self.kernel, (*first, *self.arguments[len(first) :]), *self[2:])
 
 

@@ -12,8 +12,8 @@ __all__ = ["all_finite"]
 #: All bits of the exponent are set in NaN and infinity, and in no other number.
 _EXPONENTS = {4: np.uint32(0x7F800000), 8: np.uint64(0x7FF0000000000000)}
 
-#: Bytes of an array that several threads look through.
-_SHARED = 2**20
+#: Bytes of an array that are worth a thread.
+_SHARE = 2**19
 
 
 @cached("alone")
@@ -36,9 +36,9 @@ def _look(arguments, counter, mails, parties, by_units, rank):
 
 def all_finite(value: Array) -> bool:
     """Return whether a contiguous float32 or float64 array holds no NaN and no infinity, in one pass over its bits."""
-    exponent, parties = _EXPONENTS[value.itemsize], threads()
+    exponent, parties = _EXPONENTS[value.itemsize], min(threads(), value.nbytes // _SHARE)
     bits = value.reshape(-1).view(type(exponent))
-    if value.nbytes < _SHARED or parties == 1:
+    if parties < 2:
         return not _any_full_exponent(bits, exponent)
     found = np.zeros(parties, np.bool_)
     run_together(_look, (bits, exponent, found), parties, False)

@@ -70,7 +70,8 @@ def _lease(size: int) -> Any:
     """Return the type of so many bytes in `memory`, which is kept for others when they are gone."""
 
     def leave(lease: Any) -> None:
-        _keep(size, lease.memory)
+        if _keep is not None:  # at the interpreter's end names are gone before the last arrays are
+            _keep(size, lease.memory)
 
     return type("Lease", (ctypes.Array,), {"_type_": ctypes.c_char, "_length_": size, "__del__": leave})
 
