@@ -27,7 +27,7 @@ class FirstCall:
     param_names = ("cell",)
     number = 1
     repeat = 3
-    timeout = 120
+    timeout = 600  # a slow machine takes minutes
 
     def timeraw_cold(self, cell):
         return _COLD + _USE.format(cell=cell)
