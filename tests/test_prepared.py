@@ -95,7 +95,7 @@ def test_states_are_written_and_nothing_behind_them(monkeypatch, cell, plan):
 # Backpropagation ------------------------------------------------------------------------------------------------------
 
 
-def same_gradients(net, T, B):
+def assert_same_gradients(net, T, B):
     """Three calls with weights that change, with states and their gradients and without; each goes back twice."""
     run, rng, state, d_final = Backpropagation(net, T, B), np.random.default_rng(0), None, None
     for _ in range(3):
@@ -118,14 +118,14 @@ def same_gradients(net, T, B):
 @NETWORKS
 def test_gradients_are_those_of_backward(cell, bias, T, B, layers, bidirectional):
     net, _ = random_network(cell, 3, 21, layers, bidirectional=bidirectional, bias=bias, dtype="float32")
-    same_gradients(net, T, B)
+    assert_same_gradients(net, T, B)
 
 
 @pytest.mark.parametrize("plan", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradients_of_many_chunks_and_an_odd_batch(monkeypatch, dtype, plan):
     monkeypatch.setattr(cpu, "plan", lambda *_: plan)
-    same_gradients(random_network("lstm", 3, 21, 2, bidirectional=True, dtype=dtype, scale=0.3)[0], 300, 5)
+    assert_same_gradients(random_network("lstm", 3, 21, 2, bidirectional=True, dtype=dtype, scale=0.3)[0], 300, 5)
 
 
 def test_a_gradient_is_written_over_by_the_next():

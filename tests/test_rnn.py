@@ -18,6 +18,7 @@ from conftest import (
 
 from rnnlab import GRU, LSTM, RNN, Recurrent
 from rnnlab.kernels import finite
+from rnnlab.kernels.team import run_together
 
 # PyTorch --------------------------------------------------------------------------------------------------------------
 
@@ -453,9 +454,17 @@ def test_backward_names_what_is_wrong(d_output, d_final, error, message):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("parties", [1, 2, 3])
 def test_one_number_that_is_not_finite_is_found_by_any_number_of_threads(monkeypatch, parties, dtype):
+    teams = []
+
+    def together(kernel, arguments, count, by_units):
+        teams.append(count)
+        run_together(kernel, arguments, count, by_units)
+
     monkeypatch.setattr(finite, "threads", lambda: parties)
-    x = np.full(2**20 // np.dtype(dtype).itemsize + 7, np.finfo(dtype).max)
+    monkeypatch.setattr(finite, "run_together", together)
+    x = np.full(parties * finite._SHARE // np.dtype(dtype).itemsize + 7, np.finfo(dtype).max)
     assert finite.all_finite(x)
+    assert teams == ([parties] if parties > 1 else [])
     for i in {0, len(x) - 1} | {len(x) * k // parties + d for k in range(1, parties) for d in (-1, 0)}:
         for bad in (np.nan, np.inf, -np.inf):
             before, x[i] = x[i], bad
