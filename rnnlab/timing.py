@@ -95,8 +95,9 @@ def interleave(
     no sample is much shorter. As many rounds run as fit into `seconds`, but no fewer and no more than `rounds`.
 
     The threads of one library go on spinning for milliseconds when their work is done, and would take the core of the
-    next: before each sample everyone sleeps until all are quiet for `pause` seconds, and the call runs once untimed.
-    The order alternates.
+    next: before each sample everyone sleeps until all are quiet for `pause` seconds. A core that has slept has lost its
+    caches and predicted branches, and the first call may take twice as long as the fifth: so the call then runs untimed
+    for as long again, at least once. The order alternates.
     """
     repeats = {}
     for name, call in calls.items():
@@ -109,7 +110,7 @@ def interleave(
         names = list(calls) if count % 2 == 0 else list(calls)[::-1]
         for name in names:
             _wait_until_quiet(pause)
-            calls[name]()
+            _warm_up(calls[name], pause, clock)
             samples[name].append(_repeated(calls[name], repeats[name], clock))
         count += 1
     return {name: np.array(values) for name, values in samples.items()}
@@ -122,6 +123,14 @@ def _wait_until_quiet(pause: float, most: float = 1.0) -> None:
         before = time.process_time()
         time.sleep(pause)
         busy = time.process_time() - before
+
+
+def _warm_up(call: Callable[[], Any], seconds: float, clock: Clock) -> None:
+    """Run a call for so many seconds, at least once; the clock waits for a GPU."""
+    start = time.perf_counter()
+    clock(call)
+    while time.perf_counter() - start < seconds:
+        clock(call)
 
 
 def _repeated(call: Callable[[], Any], count: int, clock: Clock) -> float:

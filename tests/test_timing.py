@@ -22,8 +22,27 @@ def test_calls_take_turns_in_alternating_order():
 
     times = timing.interleave(calls, seconds=0, rounds=(4, 4), pause=0, clock=clock)
     assert all(len(seconds) == 4 for seconds in times.values())
-    rounds = "".join(order).split("|")[2:-1]  # after the warm-up of each: an untimed call and a timed one a sample
-    assert rounds == ["aa", "bb", "bb", "aa", "aa", "bb", "bb", "aa"]
+    rounds = "".join(order).split("|")[2:-1]  # after the first look at each: an untimed call and a timed one a sample
+    assert rounds == [*"aabbbbaa"] * 2
+
+
+def test_a_call_runs_untimed_for_as_long_as_the_core_has_slept(monkeypatch):
+    now, calls = [0.0], []
+
+    def nap(seconds):
+        now[0] += seconds
+
+    def clock(call):
+        start = now[0]
+        call()
+        calls.append(now[0] - start)
+        return calls[-1]
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(sleep=nap, perf_counter=lambda: now[0], process_time=lambda: 0))
+    for pause, warm in ((0, 1), (0.02, 7)):  # of 3 ms each
+        calls.clear()
+        timing.interleave({"call": lambda: nap(3e-3)}, seconds=0, rounds=(1, 1), pause=pause, clock=clock)
+        np.testing.assert_allclose(calls, [3e-3] * (1 + warm) + [6e-3])  # a look, the warm-up, a sample of 5 ms or more
 
 
 def test_short_calls_are_repeated_within_a_sample():
