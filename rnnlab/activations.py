@@ -105,6 +105,19 @@ def _choose_exp_parts(a, sign):
     return None if chosen is None else lambda a, sign: chosen(a, sign)
 
 
+def _is_negative(x):
+    """Stand for the sign bit of x: a comparison with 0 takes LLVM an operation more."""
+
+
+@overload(_is_negative)
+def _choose_is_negative(x):
+    kinds: Any = {types.float32: (np.float32, np.int32), types.float64: (np.float64, np.int64)}.get(x)
+    if kinds is None:
+        return None
+    real, integer = kinds
+    return lambda x: real(x).view(integer) < integer(0)
+
+
 @scalar
 def exp(x):
     """Return eˣ."""
@@ -117,19 +130,20 @@ def sigmoid(x):
     """Return σ(x) = 1 / (1 + e⁻ˣ) and its slope σ'(x) = σ(x)·σ(−x)."""
     one = type(x)(1)
     p, s, tiny = _exp_parts(abs(x), -one)
-    e = (p * s + s) * tiny
-    r = one / (one + e)
-    return (r if x >= type(x)(0) else e * r), e * r * r
+    e, unit = p * s + s, one / tiny  # e^−|x| and 1, both times 2^lift
+    less, more = e / (unit + e), unit / (unit + e)
+    return (less if _is_negative(x) else more), less * more
 
 
 @scalar
 def tanh(x):
     """Return tanh(x) and its slope 1 / cosh²(x)."""
-    one, two = type(x)(1), type(x)(2)
+    one = type(x)(1)
     p, s, tiny = _exp_parts(abs(x + x), -one)
-    expm1 = s * tiny * p + (s * tiny - one)
-    r = one / (two + expm1)
-    return math.copysign(expm1 * r, x), (p * s + s) * tiny * (r + r) * (r + r)
+    unit = one / tiny
+    e, expm1 = p * s + s, s * p + (s - unit)  # e^−2|x| and that less 1, both times 2^lift
+    total = unit + unit + expm1
+    return math.copysign(expm1, x) / total, (e + e) / total * ((unit + unit) / total)
 
 
 @scalar

@@ -14,11 +14,15 @@ unit's own weights on its cell state (empty for all cells but one).
   dL/dax, dL/dah, dL/dpeephole, the total dL/dstate_t (to which c_t adds what it does to h_t), and the part of
   dL/dstate_{t−1} that does not pass through W_hh. It is linear in `d_state`: unit cotangents give the Jacobian.
 
+Every LSTM ends in the same h_t = o_t ∘ tanh(c_t), which stands once, as `_output`: their `step` returns o in the place
+of h, and o's slope first among `saved`. A processor overlaps more units where a loop takes each of both.
+
 Everything else (kernels, Jacobians, tests, studies, benchmarks) is built from these pairs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .activations import relu, scalar, sigmoid, tanh
@@ -43,6 +47,13 @@ def _rnn(activation):
 
 
 @scalar
+def _output(o, o_slope, c):
+    """The output of every LSTM, h_t = o_t ∘ tanh(c_t), with ∂h_t/∂a_o and ∂h_t/∂c_t."""
+    tanh_c, tanh_c_slope = tanh(c)
+    return o * tanh_c, (tanh_c * o_slope, o * tanh_c_slope)
+
+
+@scalar
 def _lstm(ax, ah, peephole, state):
     """Hochreiter & Schmidhuber (1997) with the forget gate of Gers, Schmidhuber & Cummins (2000)."""
     _, c_old = state
@@ -51,13 +62,12 @@ def _lstm(ax, ah, peephole, state):
     g, g_slope = tanh(ax[2] + ah[2])
     o, o_slope = sigmoid(ax[3] + ah[3])
     c = f * c_old + i * g
-    tanh_c, tanh_c_slope = tanh(c)
-    return (o * tanh_c, c), (g * i_slope, c_old * f_slope, i * g_slope, tanh_c * o_slope, o * tanh_c_slope, f)
+    return (o, c), (o_slope, g * i_slope, c_old * f_slope, i * g_slope, f)
 
 
 @scalar
 def _lstm_backward(saved, peephole, d_state):
-    c_i, c_f, c_g, h_o, h_c, f = saved
+    h_o, h_c, c_i, c_f, c_g, f = saved
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_i, dc * c_f, dc * c_g, dh * h_o)
@@ -72,13 +82,12 @@ def _lstm_no_forget(ax, ah, peephole, state):
     g, g_slope = tanh(ax[1] + ah[1])
     o, o_slope = sigmoid(ax[2] + ah[2])
     c = c_old + i * g
-    tanh_c, tanh_c_slope = tanh(c)
-    return (o * tanh_c, c), (g * i_slope, i * g_slope, tanh_c * o_slope, o * tanh_c_slope)
+    return (o, c), (o_slope, g * i_slope, i * g_slope)
 
 
 @scalar
 def _lstm_no_forget_backward(saved, peephole, d_state):
-    c_i, c_g, h_o, h_c = saved
+    h_o, h_c, c_i, c_g = saved
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_i, dc * c_g, dh * h_o)
@@ -94,14 +103,12 @@ def _lstm_peephole(ax, ah, peephole, state):
     g, g_slope = tanh(ax[2] + ah[2])
     c = f * c_old + i * g
     o, o_slope = sigmoid(ax[3] + ah[3] + peephole[2] * c)
-    tanh_c, tanh_c_slope = tanh(c)
-    partials = (g * i_slope, c_old * f_slope, i * g_slope, tanh_c * o_slope, o * tanh_c_slope, f)
-    return (o * tanh_c, c), (*partials, c_old, c)
+    return (o, c), (o_slope, g * i_slope, c_old * f_slope, i * g_slope, f, c_old, c)
 
 
 @scalar
 def _lstm_peephole_backward(saved, peephole, d_state):
-    c_i, c_f, c_g, h_o, h_c, f, c_old, c = saved
+    h_o, h_c, c_i, c_f, c_g, f, c_old, c = saved
     dh, dc = d_state
     do = dh * h_o
     dc += dh * h_c + do * peephole[2]
@@ -120,13 +127,12 @@ def _lstm_coupled(ax, ah, peephole, state):
     g, g_slope = tanh(ax[1] + ah[1])
     o, o_slope = sigmoid(ax[2] + ah[2])
     c = f * c_old + i * g
-    tanh_c, tanh_c_slope = tanh(c)
-    return (o * tanh_c, c), ((c_old - g) * f_slope, i * g_slope, tanh_c * o_slope, o * tanh_c_slope, f)
+    return (o, c), (o_slope, (c_old - g) * f_slope, i * g_slope, f)
 
 
 @scalar
 def _lstm_coupled_backward(saved, peephole, d_state):
-    c_f, c_g, h_o, h_c, f = saved
+    h_o, h_c, c_f, c_g, f = saved
     dh, dc = d_state
     dc += dh * h_c
     da = (dc * c_f, dc * c_g, dh * h_o)
@@ -185,13 +191,24 @@ def _gru_reset_before_backward(saved, peephole, d_state):
     return da, da, (), d_state, (dh * z,)
 
 
+def _followed(step, output):
+    @scalar
+    def whole_step(ax, ah, peephole, state):
+        (o, c), saved = step(ax, ah, peephole, state)
+        h, partials = output(o, saved[0], c)
+        return (h, c), partials + saved[1:]
+
+    return whole_step
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of `CELLS`: what a kernel needs to know of a cell.
 
-    `gates` and `states` name the blocks in their order in weights and state; `saved` counts what `step` saves;
+    `gates` and `states` name the blocks in their order in weights and state; `saved` counts what a step saves;
     `peepholes` names the gates that look at the cell state; `joint` says that ax and ah enter only as their sum, so
-    that dL/dax is dL/dah; `reset` is the pair of functions of a first phase, whose product W_hn (r ∘ h) comes second.
+    that dL/dax is dL/dah; `reset` is the pair of functions of a first phase, whose product W_hn (r ∘ h) comes second;
+    `output(o, o_slope, c)` returns h and two more numbers that are saved, for a `step` that leaves both to it.
     """
 
     name: str
@@ -203,6 +220,12 @@ class Cell:
     peepholes: tuple[str, ...] = ()
     joint: bool = True
     reset: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    output: Callable[..., Any] | None = None
+
+    @cached_property
+    def whole_step(self) -> Callable[..., Any]:
+        """`step`, and `output` after it."""
+        return self.step if self.output is None else _followed(self.step, self.output)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -214,8 +237,10 @@ CELLS: dict[str, Cell] = {
         Cell("rnn_tanh", ("h",), ("h",), 1, *_rnn(tanh)),
         Cell("rnn_relu", ("h",), ("h",), 1, *_rnn(relu)),
         Cell("rnn_sigmoid", ("h",), ("h",), 1, *_rnn(sigmoid)),
-        Cell("lstm", ("i", "f", "g", "o"), ("h", "c"), 6, _lstm, _lstm_backward),
-        Cell("lstm_no_forget", ("i", "g", "o"), ("h", "c"), 4, _lstm_no_forget, _lstm_no_forget_backward),
+        Cell("lstm", ("i", "f", "g", "o"), ("h", "c"), 6, _lstm, _lstm_backward, output=_output),
+        Cell(
+            "lstm_no_forget", ("i", "g", "o"), ("h", "c"), 4, _lstm_no_forget, _lstm_no_forget_backward, output=_output
+        ),
         Cell(
             "lstm_peephole",
             ("i", "f", "g", "o"),
@@ -224,8 +249,9 @@ CELLS: dict[str, Cell] = {
             _lstm_peephole,
             _lstm_peephole_backward,
             peepholes=("i", "f", "o"),
+            output=_output,
         ),
-        Cell("lstm_coupled", ("f", "g", "o"), ("h", "c"), 5, _lstm_coupled, _lstm_coupled_backward),
+        Cell("lstm_coupled", ("f", "g", "o"), ("h", "c"), 5, _lstm_coupled, _lstm_coupled_backward, output=_output),
         Cell("gru", ("r", "z", "n"), ("h",), 5, _gru, _gru_backward, joint=False),
         Cell(
             "gru_reset_before",

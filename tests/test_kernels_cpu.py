@@ -361,8 +361,10 @@ def test_float32_equations_hold_no_float64(cell):
     G, S, P, K = len(row.gates), len(row.states), len(row.peepholes), row.saved
     both = (numbers(G), numbers(G), numbers(P), numbers(S)), (numbers(K), numbers(P), numbers(S))
     functions = [*zip((row.step, row.step_backward), both, strict=True)]
+    one = types.float32
+    if row.output is not None:
+        functions.append((row.output, (one, one, one)))
     if row.reset is not None:
-        one = types.float32
         functions += zip(row.reset, ((one, one, one), (numbers(2), one)), strict=True)
     for function, signature in functions:
         function.compile(signature)
@@ -399,8 +401,8 @@ def outside_tiles(assembly):
 def test_forward_of_the_lstm_is_vector_code_throughout(kind):
     kernel, signature = compiled("lstm", kind)
     assembly = kernel.inspect_asm(signature)
-    # 5 activations, each with two comparisons, three negated multiply-adds, and products of its own.
-    assert len(outside_tiles(assembly)) >= 25
+    # 5 activations, each with three negated multiply-adds and the square of what they leave.
+    assert len(outside_tiles(assembly)) >= 20
     # Not one multiplication or division of single numbers: alone are added only the two biases of each gate.
     assert re.findall(r"\bv?(?:mul|div|max|fn?m(?:add|sub)\d+)ss\b", assembly) == []
 

@@ -110,7 +110,7 @@ def _reduce(da, begin, wide, exponent, factors, slopes, parts, scale, y, norms, 
 def _kernel(cell: Cell, dtype):
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    R, (NEW, _, SAVED, PEEPHOLE, DAX, DAH, DP, _, OLD, _) = backward_panel(cell, V)
+    R, (THROUGH, SAVED, PEEPHOLE, DAX, DAH, DP, _, STATES) = backward_panel(cell, V)  # a tile's states lie behind it
     VECTORS, MANY, JOINT, RESET = R // V, panel_units(1), cell.joint, cell.reset is not None
     HEAD, WIDTH = G - bool(cell.reset), _width(cell)
     through_weights, rescale = multiply(1, dtype), _rescale(dtype)
@@ -145,15 +145,15 @@ def _kernel(cell: Cell, dtype):
                 for n in range(active * count):
                     tile, here, there = tiles[n % count], n // count * B * row, n // count * B * wide
                     one = tile[0], tile[1], tile[2], tile[3], tile[4]
-                    load(panel, NEW, R, carry, here, S, of_carry, one, H)
+                    load(panel, STATES, R, carry, here, S, of_carry, one, H)
                     load(panel, SAVED, R, flat_saved, kept, K, of_saved, one, H)
                     load_rows(panel, PEEPHOLE, R, peephole, 0, P, (H, 0, V), one, H)
-                    step_panel(panel, one[1] * one[3] * V)
+                    step_panel(panel, panel[STATES:], one[1] * one[3] * V)
                     store_rows(panel, DAX, R, da, there, G, of_da, one, H)
                     if not JOINT:
                         store_rows(panel, DAH, R, da, there + dah, G, of_da, one, H)
                     store_rows(panel, DP, R, da, there + wide - P * H, P, of_da, one, H)
-                    store(panel, OLD, R, carry, here, S, of_carry, one, H)
+                    store(panel, STATES, R, carry, here, S, of_carry, one, H)
                 if RESET:
                     d_reset[:] = 0
                     there = address(d_reset, 0)
@@ -164,12 +164,12 @@ def _kernel(cell: Cell, dtype):
                     for n in range(active * count):
                         tile, here = tiles[n % count], n // count * B * row
                         one = tile[0], tile[1], tile[2], tile[3], tile[4]
-                        load(panel, NEW, R, d_reset, here, 1, of_carry, one, H)
+                        load(panel, THROUGH, R, d_reset, here, 1, of_carry, one, H)
                         load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, one, H)
-                        load(panel, OLD, R, carry, here, 1, of_carry, one, H)
-                        reset_panel(panel, one[1] * one[3] * V)
+                        load(panel, STATES, R, carry, here, 1, of_carry, one, H)
+                        reset_panel(panel, panel[STATES:], one[1] * one[3] * V)
                         store_rows(panel, DAX, R, da, n // count * B * wide, 1, of_da, one, H)
-                        store(panel, OLD, R, carry, here, 1, of_carry, one, H)
+                        store(panel, STATES, R, carry, here, 1, of_carry, one, H)
                 for n in range(active):
                     _reduce(
                         da, n * B * wide, wide, exponent[n * B : (n + 1) * B], factors[k], slopes[k], parts, scale, y,
@@ -193,7 +193,13 @@ def _room(cell: Cell, B: int, H: int, most: int, dtype: np.dtype[Any]) -> tuple[
     V, G, reset = VECTOR_BYTES // dtype.itemsize, len(cell.gates), int(cell.reset is not None)
     row, rows = -(-H // V) * V, most * B
     carried = (G - reset) * H * row, reset * H * row, len(cell.states) * rows * row, reset * rows * row
-    sizes = *carried, rows * _width(cell) * H, G * H, B, backward_panel(cell, V)[1][-1]
+    sizes = (
+        *carried,
+        rows * _width(cell) * H,
+        G * H,
+        B,
+        backward_panel(cell, V)[1][-1] + len(cell.states) * backward_panel(cell, V)[0],
+    )
     *work, panel = (empty((size,), dtype) for size in sizes)
     panel[:] = 0  # lanes past H, which nobody reads, should at least not trap in denormals
     return (*work, panel, np.zeros(rows, np.int64), np.empty((row // V * B, 5), np.int64))

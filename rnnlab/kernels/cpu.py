@@ -76,6 +76,9 @@ _GATES, _ROWS, _MOST_ROWS = 2**17, 256, 512
 #: each would fetch lines that the other is about to write, and both would wait for them at every step.
 _APART = 1024
 
+#: Units of a tile at the most where there are several rows.
+_MOST_UNITS = panel_units(1)
+
 
 @njit
 def _tile(table, k):
@@ -120,6 +123,13 @@ def _shares(count, most, rank, parties):
     return share(count, most, rank, parties), share(count, most, rank + 1, parties)
 
 
+@njit
+def _tiles(units, M, R, V):
+    """Return how many tiles so many units of M sequences have at the most, with regions of R numbers in a panel."""
+    rows = R // V // _MOST_UNITS
+    return units * ((M + rows - 1) // rows + 1)  # one more, for both halves of the batch have theirs
+
+
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
@@ -127,12 +137,12 @@ def _shares(count, most, rank, parties):
 def _forward_work(cell: Cell, V: int, I: int, H: int, chunk: int, M: int, N: int) -> tuple[int, ...]:
     """Regions of the work space: packed weights, biases, peepholes, for a reset W_hn; what each group has of its own.
 
-    That is ax of a chunk, states, and for a reset sums; see `_grouped`.
+    That is ax of a chunk, states tile by tile, and for a reset sums; see `_grouped`.
     """
-    G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
+    G, P, RESET, R = len(cell.gates), len(cell.peepholes), int(cell.reset is not None), forward_panel(cell, V)[0]
     row = -(-H // V) * V
     weights = G * row * I, G * row * H, G * row, G * row, P * row, RESET * H * row
-    own = chunk * M * G * row, 2 * len(cell.states) * M * row, RESET * M * G * row, RESET * M * row
+    own = chunk * M * G * row, _tiles(-(-H // V), M, R, V) * len(cell.states) * R, RESET * M * G * row, RESET * M * row
     return _grouped(weights, own, N)
 
 
@@ -150,7 +160,7 @@ def _forward_kernel(cell: Cell, dtype, keep: bool):
     SINGLE_LAST, MANY_LAST = panel_units(LAST_G, one_row=True), panel_units(LAST_G)
     pack, run = _forward_pack(cell, dtype), _forward_steps(cell, dtype, keep)
 
-    @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.step, *(cell.reset or ()))
+    @cached(f"{cell.name}-{dtype}-{'keep' if keep else 'infer'}", cell.whole_step, *(cell.reset or ()))
     def forward(arguments, counter, mails, parties, by_units, rank):
         """Fill state[:, 1:], saved and reset_h: the part of thread `rank` of `parties`, in units or in sequences."""
         arguments, counter, mails = borrow((arguments, counter, mails))
@@ -173,7 +183,7 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
     """Build all steps of one group of sequences, or of some of its units."""
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    R, (SUM, _, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
+    R, (SUM, _, PEEPHOLE, SAVED, OLD, NEW, _) = forward_panel(cell, V)
     VECTORS, RESET, KEEP = R // V, cell.reset is not None, keep
     input_sums, tile_sums = _forward_sums(cell, dtype)
     gate_sums, last_sums = tile_product(G, dtype, V, R), tile_product(1, dtype, V, R)
@@ -184,17 +194,18 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
     @part(cell.name, dtype, keep, forceinline=True)
     def run(arguments, counter, group, most, most_last, parties, by_units, rank):
         x, _, _, _, _, _, lengths, state, saved, reset_h, work, places, panels, tables, chunk, M, _ = arguments
-        _, PACKED_HH, _, _, PEEPHOLES, PACKED_LAST, CHUNK_AX, CARRIED, SUMS, LAST_SUM, APART, _ = places
+        _, PACKED_HH, _, _, PEEPHOLES, PACKED_LAST, CHUNK_AX, STATES, SUMS, LAST_SUM, APART, _ = places
         T, B, H = x.shape[0], x.shape[1], state.shape[3]
         units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
         row, one, first, last = units * G * V, units * V, group * M, min(B, group * M + M)
         panel, flat_state = panels[rank], state.reshape(-1)
         flat_saved, flat_reset = saved.reshape(-1), reset_h.reshape(-1)
-        lean, of_state, of_saved = len(state) < S, ((T + 1) * B * H, H, V), (V, KS * V, M * KS * V)
-        of_gates, of_peepholes, of_carried = (V, row, G * V), (one, 0, V), (M * one, one, V)
+        slot, lean = (T + 1) * B * H, len(state) < S
+        of_state, of_saved = (slot, H, V), (V, KS * V, M * KS * V)
+        of_gates, of_peepholes, of_sum = (V, row, G * V), (one, 0, V), (0, one, V)
         # Where the rows of sequence 0 would lie, if the group began with it.
         CHUNK_AX, SUMS = CHUNK_AX + group * APART - first * row, SUMS + group * APART - first * row
-        CARRIED, LAST_SUM = CARRIED + group * APART - first * one, LAST_SUM + group * APART - first * one
+        LAST_SUM += group * APART - first * one
         first_saved = group * M * (T * units - 1) * KS * V  # where sequence 0 would lie, as above
 
         u0, w0, u1, w1 = 0, 0, units, units
@@ -205,54 +216,58 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
         first_tiles, last_tiles = tables[rank, 0], tables[rank, 1]
         first_count = list_tiles(first_tiles, first, last, u0, u1, units, most, VECTORS, V)
         last_count = list_tiles(last_tiles, first, last, w0, min(w1, whole), whole, most_last, VECTORS, V)
-        # The cell takes a last unit that fills no vector as dense as its gates lie.
-        last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS, H % V)
+        # The cell takes a last unit that fills no vector as dense as its gates lie, if no sequence ends before others.
+        dense = H % V if shortest >= T else V
+        last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS, dense)
+        STATES += group * APART + _tiles(w0, M, R, V) * S * R
         for k in range(last_count):
-            load_rows(panel, OLD, R, flat_state, 0, S, of_state, _tile(last_tiles, k), H)
-            store(panel, OLD, R, work, CARRIED, S, of_carried, _tile(last_tiles, k), H)
+            load_rows(work, STATES + k * S * R, R, flat_state, 0, S, of_state, _tile(last_tiles, k), H)
 
         for t0 in range(0, T, chunk):
             steps = min(chunk, T - t0)
             input_sums(arguments, CHUNK_AX, t0, steps, first, last, u0, u1)
             for t in range(t0, t0 + steps):
-                old, new = CARRIED + t % 2 * S * M * one, CARRIED + (t + 1) % 2 * S * M * one
-                ax, kept = CHUNK_AX + (t - t0) * (last - first) * row, first_saved + t * units * M * KS * V
+                old, kept = t * B * H, first_saved + t * units * M * KS * V
+                ax = CHUNK_AX + (t - t0) * (last - first) * row
                 after, reset_at = (t + 1) * B * H, t * B * H if KEEP else 0
-                of_new_state = ((T + 1) * B * H - (after if lean else 0), H, V)  # lean: all but h stay in one place
                 if by_units:
                     wait_for_all(counter, parties)
                 if RESET:
                     for k in range(first_count):  # with a reset: all that comes before the product with r ∘ h
                         tile = _tile(first_tiles, k)
-                        gate_sums(panel, SUM, work, ax, row, work, old, one, work, PACKED_HH, H, tile)
-                        load(panel, OLD, R, work, old, 1, of_carried, tile, H)
-                        reset_panel(panel, tile, t, lengths, shortest)
+                        begin = ax + tile[2] * row + tile[0] * G * V
+                        gate_sums(panel, SUM, work, begin, row, flat_state, old, H, work, PACKED_HH, H, tile)
+                        load_rows(panel, OLD, R, flat_state, old, 1, of_state, tile, H)
+                        reset_panel(panel, panel, tile, t, lengths, shortest)
                         store_rows(panel, NEW, R, flat_reset, reset_at, 1, of_state, tile, H)
                         if KEEP:
                             store(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
                         store(panel, SUM, R, work, SUMS, G - 1, of_gates, tile, H)
-                        store(panel, SUM + (G - 1) * R, R, work, LAST_SUM, 1, of_carried, tile, H)
+                        store(panel, SUM + (G - 1) * R, R, work, LAST_SUM, 1, of_sum, tile, H)
                     if by_units:
                         wait_for_all(counter, parties)
                 for k in range(last_count):
-                    tile = _tile(last_tiles, k)
+                    tile, states = _tile(last_tiles, k), STATES + k * S * R
                     if KEEP:
                         bring(flat_saved, kept, K, of_saved, tile)
                     if RESET:
+                        begin = LAST_SUM + tile[2] * one + tile[0] * V
                         last_sums(
-                            panel, SUM + (G - 1) * R, work, LAST_SUM, one,
+                            panel, SUM + (G - 1) * R, work, begin, one,
                             flat_reset, reset_at, H, work, PACKED_LAST, H, tile,
                         )  # fmt: skip
                         load(panel, SUM, R, work, SUMS, G - 1, of_gates, tile, H)
                     else:
-                        tile_sums(panel, work, places, ax, old, H, tile)
+                        tile_sums(panel, work, places, ax, flat_state, old, H, tile)
                     load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
-                    load(panel, OLD, R, work, old, S, of_carried, tile, H)
-                    step_panel(panel, tile, t, lengths, shortest)
-                    store(panel, NEW, R, work, new, S, of_carried, tile, H)
-                    store_rows(panel, NEW, R, flat_state, after, S, of_new_state, tile, H)
+                    step_panel(panel, work[states:], tile, t, lengths, shortest)
+                    store_rows(work, states, R, flat_state, after, 1, of_state, tile, H)
+                    if not lean:
+                        store_rows(work, states + R, R, flat_state, after + slot, S - 1, of_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
+        for k in range(last_count if lean else 0):  # all but h: slot T is theirs
+            store_rows(work, STATES + k * S * R + R, R, flat_state, slot, S - 1, of_state, _tile(last_tiles, k), H)
 
     return run
 
@@ -261,7 +276,7 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
 def _forward_sums(cell: Cell, dtype):
     """Build what sums up in the gates: products with the inputs of a chunk of steps, and with the state for a tile."""
     G, JOINT, RESET, V = len(cell.gates), cell.joint, cell.reset is not None, VECTOR_BYTES // dtype.itemsize
-    R, (SUM, AX, _, _, NEW, _, _) = forward_panel(cell, V)
+    R, (SUM, AX, _, SAVED, *_) = forward_panel(cell, V)
     of_whole_units, of_shared_vectors, of_tile = multiply(G, dtype), multiply(1, dtype), tile_product(G, dtype, V, R)
     load, spread = moves(V, True)[0], spread_gates(G, V)
 
@@ -288,25 +303,29 @@ def _forward_sums(cell: Cell, dtype):
                 )  # fmt: skip
 
     @part(cell.name, dtype, forceinline=True)
-    def tile_sums(panel, work, places, ax, old, H, tile):
-        """Leave the gate sums of a tile in its panel, ax among them or, where it counts apart, beside them."""
+    def tile_sums(panel, work, places, ax, flat_state, old, H, tile):
+        """Leave the gate sums of a tile in its panel, ax among them or, where it counts apart, beside them.
+
+        Gates that share vectors are summed up where `saved` comes to lie, which has more numbers than they have.
+        """
         _, PACKED_HH, _, BIAS_HH = places[:4]
         units, whole = (H + V - 1) // V, whole_units(H, V, G, RESET)
         row, end, lanes, first = units * G * V, whole * G * V, H - whole * V, tile[2]
         begin, stride = (ax, row) if JOINT else (BIAS_HH, 0)
         if tile[0] < whole:
-            of_tile(panel, SUM, work, begin, stride, work, old, units * V, work, PACKED_HH, H, tile)
+            begin += first * stride + tile[0] * G * V
+            of_tile(panel, SUM, work, begin, stride, flat_state, old, H, work, PACKED_HH, H, tile)
             load(panel, AX, R, work, ax, 0 if JOINT else G, (V, row, G * V), tile, H)
         else:
             shared = shared_vectors(H, V, G)
             of_shared_vectors(
-                address(panel, NEW), shared * V, address(work, begin + first * stride + end), stride,
-                address(work, old + first * units * V), units * V, address(work, PACKED_HH + end * H), H, tile[3],
+                address(panel, SAVED), shared * V, address(work, begin + first * stride + end), stride,
+                address(flat_state, old + first * H), H, address(work, PACKED_HH + end * H), H, tile[3],
                 0, shared, shared,
             )  # fmt: skip
-            spread(panel, SUM, R, panel, NEW, shared * V, tile[3], lanes)
+            spread(panel, SUM, R, panel, SAVED, shared * V, lanes, tile)
             if not JOINT:
-                spread(panel, AX, R, work, ax + first * row + end, row, tile[3], lanes)
+                spread(panel, AX, R, work, ax + first * row + end, row, lanes, tile)
 
     return input_sums, tile_sums
 
@@ -456,14 +475,14 @@ def _clamp_row(work, begin, count, limit, counts):
 def _backward_work(cell: Cell, V: int, I: int, H: int, rows: int, M: int, N: int) -> tuple[int, ...]:
     """Regions of the work space: packed weights; `rows` of dax, dah, d_peephole; what each group has of its own.
 
-    That is dL/dstate as it is carried back, dL/dh as it comes through W_hh, and for a reset dL/da of the last gate.
+    That is dL/dstate as it is carried back, tile by tile, and for a reset dL/da of the last gate.
     """
-    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
+    G, S, P, R = len(cell.gates), len(cell.states), len(cell.peepholes), backward_panel(cell, V)[0]
     RESET, BOTH = int(cell.reset is not None), int(not cell.joint)
     row, inputs = -(-H // V) * V, -(-I // V) * V
     weights = G * H * inputs, G * H * row, RESET * H * row, P * row, row + inputs
     gradients = BOTH * rows * G * row, rows * G * row, rows * P * row
-    return _grouped((*weights, *gradients), (S * M * row, M * row, RESET * M * row), N)
+    return _grouped((*weights, *gradients), (_tiles(-(-H // V), M, R, V) * S * R, RESET * M * row), N)
 
 
 #: Modes in which all units of dL/dstate_t are looked at before any takes its step.
@@ -473,7 +492,7 @@ _WHOLE = "scaled", "states"
 @cache
 def _backward_kernel(cell: Cell, dtype, mode: str):
     SCALED, JOINT = mode == "scaled", cell.joint
-    SINGLE, MANY = panel_units(1, one_row=mode not in _WHOLE), panel_units(1)  # `take_whole` takes no others
+    SINGLE, MANY = panel_units(1, one_row=True), panel_units(1)
     pack, finish_chunk = _backward_pack(cell, dtype), _chunk_gradients(cell, dtype, SCALED)
     run, finish = _backward_steps(cell, dtype, mode)
 
@@ -528,39 +547,44 @@ def _backward_steps(cell: Cell, dtype, mode: str):
     """Build the steps of a chunk, of one group of sequences or of some of its units; and what sets slot 0."""
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
+    R, (ABOVE, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, _) = backward_panel(cell, V)
     VECTORS, JOINT, RESET, GATES, WHOLE = R // V, cell.joint, cell.reset is not None, mode == "gates", mode in _WHOLE
-    through_weights, store_da = tile_product(1, dtype, V, R), store_gates(V)
-    take_whole = _whole_adjoint(cell, dtype, mode) if WHOLE else None
-    (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
+    product, store_da = tile_product(1, dtype, V, R), store_gates(V)
+    limit_whole = _limit_whole(mode) if WHOLE else None
+    load, (load_rows, store_rows) = moves(V, True)[0], moves(V, False)
     _, step_panel = backward_step(cell, V, WHOLE)
     reset_panel = backward_reset(cell, V) if RESET else None
 
     @part(cell.name, dtype, mode, forceinline=True)
     def begin(arguments, group, most, parties, by_units, rank):
-        """Return the sequences and tiles of a thread, and where its states would lie if the group began with 0."""
+        """Return a thread's sequences and tiles, where its states are, and where dL/da of sequence 0 would lie."""
         d_output, (places, _, tables, _, M, middle) = arguments[1], arguments[15:21]
-        (_, B, H), (CARRY, DH, DA_LAST, APART) = d_output.shape, places[8:12]
+        (_, B, H), (STATES, DA_LAST, APART) = d_output.shape, places[8:11]
         units, first, last, tiles = (H + V - 1) // V, group * M, min(B, group * M + M), tables[rank, 0]
         u0, u1 = _shares(units, most, rank, parties) if by_units else (0, units)
         cut = max(first, min(middle, last))  # no tile has sequences of both halves
         count = list_tiles(tiles, first, cut, u0, u1, units, most, VECTORS, V)
         count += list_tiles(tiles[count:], cut, last, u0, u1, units, most, VECTORS, V)
-        shift = group * APART - first * units * V
-        return first, last, tiles, count, CARRY + shift, DH + shift, DA_LAST + shift
+        states, da_last = STATES + _tiles(u0, M, R, V) * S * R, DA_LAST - first * units * V
+        return first, last, tiles, count, states + group * APART, da_last + group * APART
+
+    @part(cell.name, dtype, mode, forceinline=True)
+    def through_weights(work, states, dah, row, weights, depth, tile):
+        """Add what comes back through W_hh to dL/dh of a tile."""
+        product(work, states, work, states, tile[1] * V, work, dah, row, work, weights, depth, tile)
 
     @part(cell.name, dtype, mode, forceinline=True)
     def run(arguments, counter, c, group, most, parties, by_units, rank):
         _, d_output, _, _, _, _, lengths, _, saved, _, d_state = arguments[:11]
-        work, places, panels, _, chunk, M, middle, span, _, limits, counts = arguments[14:]
+        work, places, panels, _, chunk, _, middle, span, _, limits, counts = arguments[14:]
         _, PACKED_HH, PACKED_LAST, PEEPHOLES, ZERO, CHUNK_DAX, CHUNK_DAH, CHUNK_DP = places[:8]
         T, B, H = d_output.shape
         limit = limits[0]  # in an array: a number would come as a float64
         units, depth, per_group = (H + V - 1) // V, G * H, saved.shape[3]
         row, one, panel, flat_saved = units * G * V, units * V, panels[rank], saved.reshape(-1)
         flat_d, flat_direct = d_state.reshape(-1), d_output.reshape(-1)
-        first, last, tiles, count, carry, dh, da_last = begin(arguments, group, most, parties, by_units, rank)
-        of_state, of_peepholes, of_carry = ((T + 1) * B * H, H, V), (one, 0, V), (M * one, one, V)
+        first, last, tiles, count, STATES, da_last = begin(arguments, group, most, parties, by_units, rank)
+        of_state, of_peepholes = ((T + 1) * B * H, H, V), (one, 0, V)
         # Where threads share units now or shared them then, there is one group, here or there.
         of_saved, before = (V, KS * V, per_group * KS * V), first // per_group * per_group
         first_saved = before * (T * units - 1) * KS * V
@@ -572,26 +596,28 @@ def _backward_steps(cell: Cell, dtype, mode: str):
             if by_units and t < T - 1:
                 wait_for_all(counter, parties)
             if WHOLE:
-                take_whole(arguments, t, first, last, carry, dh, rank)
+                for k in range(count if t < T - 1 else 0):
+                    tile, states = _tile(tiles, k), STATES + k * S * R
+                    dah = CHUNK_DAH + rows_behind[int(tile[2] >= middle)] * row
+                    through_weights(work, states, dah, row, PACKED_HH, depth, tile)
+                    store_rows(work, states, R, flat_d, there, S, of_state, tile, H)
+                limit_whole(arguments, t, first, last, rank)
             for k in range(count):
-                tile = _tile(tiles, k)
+                tile, states = _tile(tiles, k), STATES + k * S * R
                 half = int(tile[2] >= middle)
                 at, behind = rows[half], rows_behind[half]
                 dax, dah, dp = CHUNK_DAX + at * row, CHUNK_DAH + at * row, CHUNK_DP + at * P * one
                 bring(flat_saved, kept, K, of_saved, tile)
                 if WHOLE or t == T - 1:
-                    load_rows(panel, NEW, R, flat_d, there, S, of_state, tile, H)
+                    load_rows(work, states, R, flat_d, there, S, of_state, tile, H)
                 else:
                     bring(flat_direct, here, 1, of_state, tile)
-                    through_weights(
-                        panel, NEW, work, carry, one, work, CHUNK_DAH + behind * row, row, work, PACKED_HH, depth, tile
-                    )
-                    load(panel, NEW + R, R, work, carry + M * one, S - 1, of_carry, tile, H)
+                    through_weights(work, states, CHUNK_DAH + behind * row, row, PACKED_HH, depth, tile)
                 if not WHOLE:
-                    load_rows(panel, DIRECT, R, flat_direct, here, 1, of_state, tile, H)
+                    load_rows(panel, ABOVE, R, flat_direct, here, 1, of_state, tile, H)
                 load(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
                 load(panel, PEEPHOLE, R, work, PEEPHOLES, P, of_peepholes, tile, H)
-                step_panel(panel, tile, t, lengths, shortest)
+                step_panel(panel, work[states:], tile, t, lengths, shortest)
                 store_da(panel, DAX, R, work, dax, G, row, tile, H)
                 if not JOINT:
                     store_da(panel, DAH, R, work, dah, G, row, tile, H)
@@ -599,7 +625,6 @@ def _backward_steps(cell: Cell, dtype, mode: str):
                 if RESET:
                     store_da(panel, DAX + (G - 1) * R, R, work, da_last, 1, one, tile, H)
                 store_rows(panel, TOTAL, R, flat_d, there, S, of_state, tile, H)
-                store(panel, OLD, R, work, carry, S, of_carry, tile, H)
             if GATES:
                 for b in range(first, last):
                     at = rows[int(b >= middle)] + b
@@ -615,11 +640,9 @@ def _backward_steps(cell: Cell, dtype, mode: str):
                     wait_for_all(counter, parties)
                 for k in range(count):
                     tile = _tile(tiles, k)
-                    through_weights(panel, NEW, work, ZERO, 0, work, da_last, one, work, PACKED_LAST, H, tile)
+                    product(panel, ABOVE, work, ZERO, 0, work, da_last, one, work, PACKED_LAST, H, tile)
                     load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
-                    load(panel, OLD, R, work, carry, 1, of_carry, tile, H)
-                    reset_panel(panel, tile[1] * tile[3] * V)
-                    store(panel, OLD, R, work, carry, 1, of_carry, tile, H)
+                    reset_panel(panel, work[STATES + k * S * R :], tile[1] * tile[3] * V)
                     dax = CHUNK_DAX + rows[int(tile[2] >= middle)] * row
                     store_rows(panel, DAX, R, work, dax, 1, (0, row, G * V), tile, H)
                 if GATES:
@@ -630,47 +653,28 @@ def _backward_steps(cell: Cell, dtype, mode: str):
     @part(cell.name, dtype, mode, forceinline=True)
     def finish(arguments, group, most, parties, by_units, rank):
         """Set dL/dstate of slot 0: what comes back from step 0."""
-        d_state, (work, places, panels, _, chunk, M, middle, span) = arguments[10], arguments[14:22]
+        d_state, (work, places, _, _, chunk, _, middle, span) = arguments[10], arguments[14:22]
         _, slots, B, H = d_state.shape
-        PACKED_HH, CHUNK_DAH, panel, flat_d = places[1], places[6], panels[rank], d_state.reshape(-1)
-        one, of_state, rows = (H + V - 1) // V * V, (slots * B * H, H, V), _chunk_rows(0, chunk, B, middle, span)
-        _, _, tiles, count, carry, _, _ = begin(arguments, group, most, parties, by_units, rank)
+        PACKED_HH, CHUNK_DAH, flat_d = places[1], places[6], d_state.reshape(-1)
+        row, of_state, rows = (H + V - 1) // V * V * G, (slots * B * H, H, V), _chunk_rows(0, chunk, B, middle, span)
+        _, _, tiles, count, STATES, _ = begin(arguments, group, most, parties, by_units, rank)
         for k in range(count):
-            tile = _tile(tiles, k)
-            dah = CHUNK_DAH + rows[int(tile[2] >= middle)] * G * one
-            through_weights(panel, NEW, work, carry, one, work, dah, G * one, work, PACKED_HH, G * H, tile)
-            load(panel, NEW + R, R, work, carry + M * one, S - 1, (M * one, one, V), tile, H)
-            store_rows(panel, NEW, R, flat_d, 0, S, of_state, tile, H)
+            tile, states = _tile(tiles, k), STATES + k * S * R
+            through_weights(work, states, CHUNK_DAH + rows[int(tile[2] >= middle)] * row, row, PACKED_HH, G * H, tile)
+            store_rows(work, states, R, flat_d, 0, S, of_state, tile, H)
 
     return run, finish
 
 
 @cache
-def _whole_adjoint(cell: Cell, dtype, mode: str):
-    """Build what sets dL/dstate_t of some sequences as a whole, before any unit takes its step: rescaled or clipped."""
-    G, S, V = len(cell.gates), len(cell.states), VECTOR_BYTES // dtype.itemsize
+def _limit_whole(mode: str):
+    """Build what adds dL/dh_t from above to dL/dstate_t of some sequences, and rescales or clips it as a whole."""
     SCALED, STATES = mode == "scaled", mode == "states"
-    many_rows = multiply(1, dtype)
 
-    @part(cell.name, dtype, mode)
-    def take_whole(arguments, t, first, last, carry, dh, rank):
+    @part(mode)
+    def limit_whole(arguments, t, first, last, rank):
         (d_output, d_output_exponent), lengths, (d_state, exponent) = arguments[1:3], arguments[6], arguments[10:12]
-        work, places, _, _, chunk, M, middle, span, _, limits, counts = arguments[14:]
-        T, B, H = d_output.shape
-        units = (H + V - 1) // V
-        row, one = units * G * V, units * V
-        if t < T - 1:
-            rows, cut = _chunk_rows(t + 1, chunk, B, middle, span), max(first, min(middle, last))
-            for half, b0, b1 in ((0, first, cut), (1, cut, last)):
-                dah = places[6] + (rows[half] + b0) * row
-                many_rows(
-                    address(work, dh + b0 * one), one, address(work, carry + b0 * one), one, address(work, dah), row,
-                    address(work, places[1]), G * H, b1 - b0, 0, units, units,
-                )  # fmt: skip
-            for b in range(first, last):
-                for s in range(S):
-                    begin = carry + (s * M + b) * one if s else dh + b * one
-                    d_state[s, t + 1, b] = work[begin : begin + H]
+        limits, counts = arguments[23:]
         for b in range(first, last):
             if STATES and t < lengths[b]:
                 _add_clipped(d_state[:, t + 1, b], d_output[t, b], limits[0], counts[rank])
@@ -681,7 +685,7 @@ def _whole_adjoint(cell: Cell, dtype, mode: str):
                     d_state[:, t + 1, b], exponent[t + 1, b], d_output[t, b], d_output_exponent[t, b]
                 )
 
-    return take_whole
+    return limit_whole
 
 
 @cache

@@ -278,7 +278,7 @@ def _forward_kernel(cell: Cell, made: Plan, keep: bool):
     take_gates, take_peepholes, take_states = map(_take, (G, P, S))
     take_head = _written("take_head", "a", [f"return ({''.join(f'a[{g}], ' for g in range(HEAD))})"])
     put_states, put_saved, put_head, put_two, plus = _put(S), _put(K), _put(HEAD), _put(2), _plus(G)
-    step, reset = cell.step, cell.reset[0] if cell.reset else None
+    step, reset = cell.whole_step, cell.reset[0] if cell.reset else None
     nothing, zeros, zero = (number(-0.0),) * G, (number(0),) * K, number(0)
 
     def forward(

@@ -13,7 +13,7 @@ from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part, written
 from .products import blocks
-from .simd import VECTOR_BYTES, address, move, prefetch, use_whole_registers
+from .simd import VECTOR_BYTES, address, as_vector_code, move, prefetch
 
 __all__ = [
     "backward_panel",
@@ -50,16 +50,16 @@ def numbers_saved(cell: Cell) -> int:
 
 @cache
 def forward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
-    """Return the size of a region, and the regions: gate sums, ax where it is apart, peephole, states, saved."""
-    G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    return _panel(V, G, 0 if cell.joint else G, P, S, S, numbers_saved(cell))
+    """Return the size of a region, and the regions: gate sums, ax where it is apart, peephole, saved; h and r ∘ h."""
+    G, P, RESET = len(cell.gates), len(cell.peepholes), int(cell.reset is not None)
+    return _panel(V, G, 0 if cell.joint else G, P, numbers_saved(cell), RESET, RESET)
 
 
 @cache
 def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
-    """Return the size of a region, and the regions: dL/dstate, direct part, saved, peephole; what comes of them."""
+    """Return the size of a region, and the regions: dL/dh from above, saved, peephole; what comes of them."""
     G, S, P = len(cell.gates), len(cell.states), len(cell.peepholes)
-    return _panel(V, S, 1, numbers_saved(cell), P, G, 0 if cell.joint else G, P, S, S)
+    return _panel(V, 1, numbers_saved(cell), P, G, 0 if cell.joint else G, P, S)
 
 
 def _panel(V: int, *numbers: int) -> tuple[int, tuple[int, ...]]:
@@ -133,16 +133,16 @@ def store_gates(V):
 
 @cache
 def spread_gates(gates, V):
-    """Build the inverse of what gates share: `lanes` numbers a gate in `memory` become rows that lie as close.
+    """Build the inverse of what gates share: `lanes` numbers a gate in `memory` become rows of a tile.
 
     Gate g of row i is read at begin + i·stride + g·lanes; behind its numbers lie others, over which the next row comes.
     """
 
     @part(gates, V, forceinline=True)
-    def spread_gates(panel, to, region, memory, begin, stride, rows, lanes):
-        for i in range(rows):
+    def spread_gates(panel, to, region, memory, begin, stride, lanes, tile):
+        for i in range(tile[3]):
             for g in range(gates):
-                move(panel, to + g * region + i * lanes, memory, begin + i * stride + g * lanes, V)
+                move(panel, to + g * region + i * tile[4], memory, begin + i * stride + g * lanes, V)
 
     return spread_gates
 
@@ -151,7 +151,7 @@ def spread_gates(gates, V):
 def tile_product(group, dtype, V, region):
     """Build the product of a tile of rows of `a` with packed panels of `group` gates, gate g at panel[to + g·region].
 
-    It starts from rows of start[s0:], `s_row` apart. Arguments as `products.blocks`.
+    It starts from what lies at start[s0:], in rows `s_row` apart. Arguments as `products.blocks`.
     """
     block = blocks(group, dtype)
 
@@ -159,8 +159,8 @@ def tile_product(group, dtype, V, region):
     def product(panel, to, start, s0, s_row, a, a0, a_row, packed, b0, depth, tile):
         unit, width, row, rows, _ = tile
         block(
-            width, address(panel, to), width * V, V, region, address(start, s0 + row * s_row + unit * group * V), s_row,
-            address(a, a0 + row * a_row), a_row, 1, address(packed, b0 + unit * group * V * depth), depth, rows,
+            width, address(panel, to), width * V, V, region, address(start, s0), s_row, address(a, a0 + row * a_row),
+            a_row, 1, address(packed, b0 + unit * group * V * depth), depth, rows,
         )  # fmt: skip
 
     return product
@@ -204,49 +204,58 @@ def _nothing(count, dtype):
 def _by_length(step, hold, V, *key):
     """Build what takes the step of a tile at time t: `step` for sequences that go on, `hold` for those that ended.
 
-    Both are loops over so many numbers of each region of a panel; `shortest` is the least of `lengths`. They take whole
-    vectors: what a row leaves of the next one is written again with that one.
+    Both are loops over so many numbers of each region of a panel and of the tile's states, which are an array of their
+    own and are written over; `shortest` is the least of `lengths`. They take whole vectors: sequences of which some may
+    have ended must fill whole ones.
     """
 
     @part(*key, forceinline=True)
-    def by_length(panel, tile, t, lengths, shortest):
+    def by_length(panel, states, tile, t, lengths, shortest):
         size, rows = tile[1] * tile[4], tile[3] if t < shortest else 1
         count = (rows * size + V - 1) // V * V
         for b in range(0, tile[3], rows):
             if t < lengths[tile[2] + b]:
-                step(panel[b * size :], count)
+                step(panel[b * size :], states[b * size :], count)
             else:
-                hold(panel[b * size :], count)
+                hold(panel[b * size :], states[b * size :], count)
 
     return by_length
 
 
 @cache
 def forward_step(cell: Cell, dtype, V: int, keep: bool):
-    """Build (panel, tile, t, lengths, shortest) ↦ the steps of a tile, see `_by_length`."""
+    """Build (panel, states, tile, t, lengths, shortest) ↦ the steps of a tile, see `_by_length`."""
     G, S, P, K = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved
-    R, (SUM, AX, PEEPHOLE, OLD, NEW, SAVED, _) = forward_panel(cell, V)
-    take_gates, take_peepholes, take_states = map(take_numbers, (G, P, S))
-    put_states, put_saved = map(put_numbers, (S, K))
-    step, JOINT, KEEP, nothing, zeros = cell.step, cell.joint, keep, _nothing(G, dtype), (dtype.type(0),) * K
+    R, (SUM, AX, PEEPHOLE, SAVED, *_) = forward_panel(cell, V)
+    take_gates, take_peepholes, take_states, take = map(take_numbers, (G, P, S, 1))
+    put_states, put, put_two, put_zeros = map(put_numbers, (S, 1, 2, K))
+    step, output, JOINT, KEEP, OUTPUT = cell.step, cell.output, cell.joint, keep, cell.output is not None
+    put_saved, FIRST = put_numbers(K - OUTPUT), SAVED + OUTPUT * R  # `output` makes two numbers of the first
+    nothing, zero, zeros = _nothing(G, dtype), dtype.type(0), (dtype.type(0),) * K
 
     @_loop(cell.name, dtype, keep)
-    def forward_step(panel, count):
-        use_whole_registers()
+    def forward_step(panel, states, count):
+        as_vector_code()
         for v in range(count):
             ax = take_gates(panel, v + (SUM if JOINT else AX), R)
             ah = nothing if JOINT else take_gates(panel, v + SUM, R)
-            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(panel, v + OLD, R))
-            put_states(panel, v + NEW, R, new)
+            new, partials = step(ax, ah, take_peepholes(panel, v + PEEPHOLE, R), take_states(states, v, R))
+            put_states(states, v, R, new)
             if KEEP:
-                put_saved(panel, v + SAVED, R, partials)
+                put_saved(panel, v + FIRST, R, partials)
+        if OUTPUT:
+            for v in range(count):
+                o, c = take_states(states, v, R)
+                h, partials = output(o, take(panel, v + FIRST, R)[0] if KEEP else zero, c)
+                put(states, v, R, (h,))
+                if KEEP:
+                    put_two(panel, v + SAVED, R, partials)
 
     @_loop(cell.name, dtype, keep)
-    def forward_hold(panel, count):
-        use_whole_registers()
+    def forward_hold(panel, states, count):
+        as_vector_code()
         for v in range(count):
-            put_states(panel, v + NEW, R, take_states(panel, v + OLD, R))
-            put_saved(panel, v + SAVED, R, zeros)
+            put_zeros(panel, v + SAVED, R, zeros)
 
     return _by_length(forward_step, forward_hold, V, "forward", cell.name, dtype, keep)
 
@@ -254,21 +263,21 @@ def forward_step(cell: Cell, dtype, V: int, keep: bool):
 @cache
 def forward_reset(cell: Cell, dtype, V: int):
     """Build the same as `forward_step` for the first phase of a cell that resets h before the product of a gate."""
-    R, (SUM, _, _, OLD, NEW, SAVED, _) = forward_panel(cell, V)
+    R, (SUM, _, _, SAVED, OLD, NEW, _) = forward_panel(cell, V)
     reset, nothing, zero = cell.reset[0], dtype.type(-0.0), dtype.type(0)
     take, put, put_kept = take_numbers(1), put_numbers(1), put_numbers(2)
 
     @_loop(cell.name, dtype)
-    def forward_reset(panel, count):
-        use_whole_registers()
+    def forward_reset(panel, states, count):
+        as_vector_code()
         for v in range(count):
             new, partials = reset(take(panel, v + SUM, R)[0], nothing, take(panel, v + OLD, R)[0])
             put(panel, v + NEW, R, (new,))
             put_kept(panel, v + SAVED, R, partials)
 
     @_loop(cell.name, dtype)
-    def reset_hold(panel, count):
-        use_whole_registers()
+    def reset_hold(panel, states, count):
+        as_vector_code()
         for v in range(count):
             put(panel, v + NEW, R, (zero,))
             put_kept(panel, v + SAVED, R, (zero, zero))
@@ -280,44 +289,46 @@ def forward_reset(cell: Cell, dtype, V: int):
 def backward_step(cell: Cell, V: int, whole: bool):
     """Build the loop of `step_backward` over a panel, and with it the same as `forward_step`.
 
-    Where dL/dstate is not whole, its direct part is added. Where a sequence has ended the state was held: so is its
-    adjoint, and no weight has a share.
+    In place of dL/dstate_t comes that part of dL/dstate_{t−1} that does not pass through W_hh.
+
+    Where dL/dstate is not whole, what comes from above is added. Where a sequence has ended the state was held: so is
+    its adjoint, and no weight has a share.
     """
     S, P, K = len(cell.states), len(cell.peepholes), cell.saved
-    R, (NEW, DIRECT, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, OLD, _) = backward_panel(cell, V)
-    take_saved, take_peepholes, take_states, take_direct = map(take_numbers, (K, P, S, 1))
-    put_gates, put_peepholes, put_states, put_h = map(put_numbers, (len(cell.gates), P, S, 1))
+    R, (ABOVE, SAVED, PEEPHOLE, DAX, DAH, DP, TOTAL, _) = backward_panel(cell, V)
+    take_saved, take_peepholes, take_h, take_states = map(take_numbers, (K, P, 1, S))
+    put_gates, put_peepholes, put_states = map(put_numbers, (len(cell.gates), P, S))
+    others = "".join(f", d[{s}]" for s in range(1, S))
+    add_above = scalar(written("add_above", "d, above", [f"return (d[0] + above[0]{others},)"]))
     step_backward, JOINT, WHOLE = cell.step_backward, cell.joint, whole
     no_gates, no_peepholes = (0,) * len(cell.gates), (0,) * P
 
     @_loop(cell.name, V, whole)
-    def backward_step(panel, count):
-        use_whole_registers()
+    def backward_step(panel, states, count):
+        as_vector_code()
         for v in range(count):
+            d_state = take_states(states, v, R)
             if not WHOLE:
-                put_h(panel, v + NEW, R, (take_direct(panel, v + NEW, R)[0] + take_direct(panel, v + DIRECT, R)[0],))
+                d_state = add_above(d_state, take_h(panel, v + ABOVE, R))
             da_x, da_h, dp, total, d_old = step_backward(
-                take_saved(panel, v + SAVED, R),
-                take_peepholes(panel, v + PEEPHOLE, R),
-                take_states(panel, v + NEW, R),
+                take_saved(panel, v + SAVED, R), take_peepholes(panel, v + PEEPHOLE, R), d_state
             )
             put_gates(panel, v + DAX, R, da_x)
             if not JOINT:
                 put_gates(panel, v + DAH, R, da_h)
             put_peepholes(panel, v + DP, R, dp)
             put_states(panel, v + TOTAL, R, total)
-            put_states(panel, v + OLD, R, d_old)
+            put_states(states, v, R, d_old)
 
     @_loop(cell.name, V, whole)
-    def backward_hold(panel, count):
-        use_whole_registers()
+    def backward_hold(panel, states, count):
+        as_vector_code()
         for v in range(count):
             put_gates(panel, v + DAX, R, no_gates)
             if not JOINT:
                 put_gates(panel, v + DAH, R, no_gates)
             put_peepholes(panel, v + DP, R, no_peepholes)
-            put_states(panel, v + TOTAL, R, take_states(panel, v + NEW, R))
-            put_states(panel, v + OLD, R, take_states(panel, v + NEW, R))
+            put_states(panel, v + TOTAL, R, take_states(states, v, R))
 
     return backward_step, _by_length(backward_step, backward_hold, V, "backward", cell.name, V, whole)
 
@@ -329,15 +340,15 @@ def backward_reset(cell: Cell, V: int):
     Where a sequence has ended nothing was saved: dL/da_r is 0 and dL/dh stays.
     """
     _, reset_backward = cell.reset
-    R, (NEW, _, SAVED, _, DAX, _, _, _, OLD, _) = backward_panel(cell, V)
+    R, (THROUGH, SAVED, _, DAX, *_) = backward_panel(cell, V)
     take, take_kept, put = take_numbers(1), take_numbers(2), put_numbers(1)
 
     @_loop(cell.name, V)
-    def backward_reset(panel, count):
-        use_whole_registers()
+    def backward_reset(panel, states, count):
+        as_vector_code()
         for v in range(count):
-            da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + NEW, R)[0])
+            da, dh = reset_backward(take_kept(panel, v + SAVED, R), take(panel, v + THROUGH, R)[0])
             put(panel, v + DAX, R, (da,))
-            put(panel, v + OLD, R, (take(panel, v + OLD, R)[0] + dh,))
+            put(states, v, R, (take(states, v, R)[0] + dh,))
 
     return backward_reset

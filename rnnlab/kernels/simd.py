@@ -5,7 +5,7 @@ CPUs with 16 vector registers (AVX2) in two passes over two vectors each, 90 to 
 """
 
 import platform
-from functools import cache, reduce
+from functools import cache, partial, reduce
 
 from llvmlite import binding, ir
 from numba import njit
@@ -14,8 +14,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import from_dtype
 
 __all__ = ["CHAINS", "CPU", "REGISTERS", "VECTOR_BYTES", "address", "columns_at_once", "move", "prefetch", "run_chains"]
-__all__ += ["tile", "use_whole_registers"]
-
+__all__ += ["as_vector_code", "tile"]
 
 #: LLVM's name of this CPU.
 CPU = binding.get_host_cpu_name()
@@ -24,7 +23,7 @@ _features = binding.get_host_cpu_features()
 #: Bytes in one vector register of this CPU: 64 (AVX-512), 32 (AVX2) or 16 (NEON, SSE).
 VECTOR_BYTES = 64 if _features.get("avx512f") else 32 if _features.get("avx2") else 16
 
-#: Vector registers of this CPU: 32 with AVX-512 and NEON, else 16.
+#: Vector registers: 32 with AVX-512 and NEON, else 16.
 REGISTERS = 32 if _features.get("avx512f") or platform.machine() in ("aarch64", "arm64") else 16
 
 
@@ -145,11 +144,14 @@ def address(typing_context, array, index):
 
 
 @intrinsic
-def use_whole_registers(typing_context):
-    """Have LLVM fill whole registers in the loops of the function that calls this: for some CPUs it prefers halves."""
+def as_vector_code(typing_context):
+    """Have LLVM fill whole registers in the loops of the calling function, whose arrays must lie apart."""
 
     def generate(context, builder, signature, arguments):
-        set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * VECTOR_BYTES}"')  # llvmlite knows no values
+        # For some CPUs LLVM prefers halves; llvmlite knows no attributes with values.
+        set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * VECTOR_BYTES}"')
+        for argument in (a for a in builder.function.args if isinstance(a.type, ir.PointerType)):
+            argument.add_attribute("noalias")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -186,9 +188,7 @@ def tile(rows, units, group, dtype):
             vectors = _Vectors(context, builder, from_dtype(dtype))
             out_, start_, a_, b_ = (builder.inttoptr(arguments[i], vectors.element.as_pointer()) for i in (0, 4, 6, 9))
             o_row_, o_unit_, o_gate_, s_row_, a_row_, a_k_, count_ = (arguments[i] for i in (1, 2, 3, 5, 7, 8, 10))
-
-            def constant(number):
-                return ir.Constant(count_.type, number)
+            constant = partial(ir.Constant, count_.type)
 
             def offset(pointer, *steps):
                 for step, n in steps:
@@ -204,7 +204,7 @@ def tile(rows, units, group, dtype):
                 def multiply_add(k, sums):
                     row = builder.gep(b_, [builder.mul(k, constant(columns * vectors.lanes))])
                     right = {c: vectors.load(offset(row, (constant(vectors.lanes), c))) for c in these}
-                    if group == 1 and rows > 1:  # gradients are added to what may lie far; all at once is not brought
+                    if group == 1 and rows > 1 and 0 in these:  # sums may lie far, and all at once is not brought
                         c = builder.and_(builder.lshr(k, constant(3)), constant(columns - 1))
                         vectors.prefetch(begin(builder.and_(k, constant(7)), c))
                     step = builder.mul(k, a_k_)
