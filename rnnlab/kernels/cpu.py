@@ -11,8 +11,9 @@ the last unit fit into fewer than G vectors, they share them in ax, biases and p
 
 Each kernel is made once from a cell's `step` and `step_backward`, and runs the whole sequence. A tile of the product
 with W_hh leaves the sums of all gates of a few sequences and units in a panel, where the cell takes them up at once;
-going back, dL/dh leaves the tile for `step_backward` in the same way. Products that need no recurrence (with the
-inputs, dL/dx, the gradients of weights) are taken for a chunk of steps at a time, while the chunk is in cache.
+going back, what the tile makes of dL/dah is added to the states' adjoint, which `step_backward` takes up. Products that
+need no recurrence (with the inputs, dL/dx, the gradients of weights) are taken for a chunk of steps at a time, while
+the chunk is in cache.
 """
 
 import math
@@ -266,7 +267,7 @@ def _forward_steps(cell: Cell, dtype, keep: bool):
                         store_rows(work, states + R, R, flat_state, after + slot, S - 1, of_state, tile, H)
                     if KEEP:
                         store(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
-        for k in range(last_count if lean else 0):  # all but h: slot T is theirs
+        for k in range(last_count if lean else 0):  # all but h lie behind its T + 1 slots
             store_rows(work, STATES + k * S * R + R, R, flat_state, slot, S - 1, of_state, _tile(last_tiles, k), H)
 
     return run

@@ -1,8 +1,9 @@
 """Panels: where a tile of a product leaves its sums, and a cell's scalar functions take them up as vector code.
 
-A panel is one small array of regions, each with the same number for all units of the tile: a gate sum, a state, one of
-the numbers that `step` saves. Only because all of them lie in one array can LLVM prove that loads and stores never
-overlap, and turn the loop over units into vector code.
+A panel is one small array of regions, each with the same number for all units of the tile: a gate sum, one of the
+numbers that `step` saves. Only because all of them lie in one array, fixed ways apart, can LLVM prove that loads and
+stores never overlap, and turn the loop over units into vector code. The states of a tile have such regions in an array
+of their own, from step to step; that it lies apart LLVM is told.
 """
 
 from functools import cache

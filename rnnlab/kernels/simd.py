@@ -145,7 +145,7 @@ def address(typing_context, array, index):
 
 @intrinsic
 def as_vector_code(typing_context):
-    """Have LLVM fill whole registers in the loops of the calling function, whose arrays must lie apart."""
+    """Have LLVM fill whole registers in the loops of the calling function, whose arrays lie apart where it writes."""
 
     def generate(context, builder, signature, arguments):
         # For some CPUs LLVM prefers halves; llvmlite knows no attributes with values.
