@@ -47,6 +47,7 @@ from .panels import (
     tile_product,
 )
 from .products import (
+    PANEL,
     add_narrow,
     add_sums,
     add_transposed,
@@ -76,9 +77,6 @@ _GATES, _ROWS, _MOST_ROWS = 2**17, 256, 512
 #: Numbers between what two threads write over and over: at least a page, beyond which no core fetches ahead. Closer,
 #: each would fetch lines that the other is about to write, and both would wait for them at every step.
 _APART = 1024
-
-#: Units of a tile at the most where there are several rows.
-_MOST_UNITS = panel_units(1)
 
 
 @njit
@@ -127,7 +125,7 @@ def _shares(count, most, rank, parties):
 @njit
 def _tiles(units, M, R, V):
     """Return how many tiles so many units of M sequences have at the most, with regions of R numbers in a panel."""
-    rows = R // V // _MOST_UNITS
+    rows = R // V // PANEL
     return units * ((M + rows - 1) // rows + 1)  # one more, for both halves of the batch have theirs
 
 

@@ -17,6 +17,7 @@ from .simd import REGISTERS, VECTOR_BYTES, address, move, tile
 
 __all__ = [
     "DEPTH",
+    "PANEL",
     "STRIPS",
     "add_narrow",
     "add_sums",
@@ -78,7 +79,7 @@ def panel_units(group: int, one_row: bool = False) -> int:
 
 
 #: Units of a panel of one gate, for compiled code.
-_PANEL = panel_units(1)
+PANEL = panel_units(1)
 
 
 @njit
@@ -275,7 +276,7 @@ def pack_shared(target, at, weight, gates):
     V, H, K = VECTOR_BYTES // target.itemsize, weight.shape[0] // gates, weight.shape[1]
     lanes, units, unit = H % V, shared_vectors(H, V, gates), 0
     while unit < units:
-        width = width_at(unit, units, _PANEL)
+        width = width_at(unit, units, PANEL)
         for n in range(width * V):
             g, v = divmod(unit * V + n, lanes)
             for k in range(K):
@@ -311,7 +312,7 @@ def pack_columns(target, at, weight, gates, kept, most, first, last):
 
 def scratch_size(columns: int, lanes: int) -> int:
     """Return the numbers of scratch that `add_transposed` takes for results of so many columns."""
-    return ((-(-columns // lanes) + STRIPS) * DEPTH + lanes * _PANEL) * lanes
+    return ((-(-columns // lanes) + STRIPS) * DEPTH + lanes * PANEL) * lanes
 
 
 @njit
