@@ -436,7 +436,7 @@ def _captions(side: int = 10, longest: int = 40) -> _Built:
 def _moving_images(steps: int = 20, side: int = 12) -> _Built:
     """20 frames of 12 × 12 pixels, standardised; the digit moves by a pixel a step in both directions, from places
     drawn once from seed 0. In the data's order, by writers, two thirds train, a sixth validates, a sixth tests."""
-    digits = digit_images().values.reshape(-1, 8, 8) / 16
+    digits = digit_images()[0].reshape(-1, 8, 8) / 16
     count, room = len(digits), side - 8
     rng = np.random.default_rng(0)
     start, way = rng.integers(2 * room, size=(2, count)), rng.choice([-1, 1], (2, count))
@@ -454,9 +454,7 @@ def _moving_images(steps: int = 20, side: int = 12) -> _Built:
 @_application("digits read pixel by pixel: which one was it?", "digit_images", *_LABEL)
 def _pixel_digits() -> _Built:
     """64 pixels, standardised. In the data's order, by writers, two thirds train, a sixth validates, a sixth tests."""
-    images = digit_images()
-    assert images.labels is not None
-    split = _in_order(len(images.values), (2 / 3, 1 / 6))
-    pixels = images.values.reshape(-1, 1)
-    x = _standardised(pixels, 64 * len(split[0])).reshape(images.values.shape)
-    return _Built(x.T[:, :, None], images.labels, np.full(len(x), 64), split, "0123456789")
+    images, labels = digit_images()
+    split = _in_order(len(images), (2 / 3, 1 / 6))
+    x = _standardised(images.reshape(-1, 1), 64 * len(split[0])).reshape(images.shape)
+    return _Built(x.T[:, :, None], labels, np.full(len(x), 64), split, "0123456789")

@@ -84,11 +84,11 @@ def check_dtype(name: str, value: Any) -> np.dtype[Any]:
     return np.dtype(known)
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """Return `value` if it is a finite number in [low, high)."""
+def check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> float:
+    """Return `value` if it is a finite number in [low, high), or with `above` in (low, high)."""
     number = not isinstance(value, bool) and isinstance(value, int | float | np.integer | np.floating)
-    if not (number and low <= value < high and np.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}), got {value!r}")
+    if not (number and low <= value < high and np.isfinite(value) and not (above and value == low)):
+        raise ValueError(f"{name} must be a finite number in {'(' if above else '['}{low}, {high}), got {value!r}")
     return float(value)
 
 
@@ -106,10 +106,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def check_integer(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` if it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def check_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Return `value` if it is an integer of at least `least` and, where that is given, at most `most`."""
+    fits = not isinstance(value, bool) and isinstance(value, int | np.integer)
+    if not (fits and least <= value and (most is None or value <= most)):
+        wanted = f"of at least {least}" if most is None else f"in {least}…{most}"
+        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
     return int(value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .checks import check_choice, check_integer, check_number, generator
+from .checks import check_choice, check_dtype, check_integer, check_number, generator
 from .costs import SCOPES, Shape, largest, layout, memory, parameters
 from .kernels import DeviceNotAvailable, backend
 from .kernels.simd import VECTOR_BYTES
@@ -51,8 +51,14 @@ class Job:
         if self.device != "cpu":
             raise DeviceNotAvailable(f"device {self.device!r} cannot be used: rnnlab chooses for the CPU only")
         check_choice("scope", self.scope, SCOPES)
+        check_dtype("dtype", self.dtype)
         check_integer("output_size", self.output_size)
         self.shapes("lstm", 1)
+
+    @property
+    def steps(self) -> int:
+        """The steps of a sequence: `length`, but 1 of one_to_one."""
+        return 1 if self.topology == "one_to_one" else self.length
 
     def shapes(self, cell: str, hidden_size: int) -> tuple[Shape, ...]:
         """Return the networks of such a model."""
@@ -74,8 +80,8 @@ class Job:
         Lower quartiles count, and the constant is between nothing and half of the longer one's time, whatever else the
         machine is doing.
         """
-        length = 1 if self.topology == "one_to_one" else self.length
-        model, first = self.model(cell, hidden_size), min(SHORTEST, length)
+        length, model = self.steps, self.model(cell, hidden_size)
+        first = min(SHORTEST, length)
         probe = self.call(model, first)
         probe()  # compiled, and its memory taken
         steps = min(length, max(2 * first, int(first * LONG_ENOUGH / wall_clock(probe))))
@@ -121,18 +127,21 @@ def choose(
     high_skill and tasks. The order is by skill; without it by time at equal parameters, by parameters at equal time.
     Within a time, sizes are whole vector registers: units up to the next one cost nothing.
 
-    Raises ValueError for no budget or both, and for one that is below the smallest network of some cell.
+    Raises ValueError for no cells, for no budget or both, and for one that is below the smallest network of some cell.
     """
+    if not cells:
+        raise ValueError("cells must name at least one cell, got none")
     if (most_parameters is None) == (most_seconds is None):
         raise ValueError(f"choose takes most_parameters or most_seconds, got {most_parameters} and {most_seconds}")
     known, rows = evidence(job.topology), []
     for cell in cells:
         seconds = cache(partial(job.seconds, cell))  # what is chosen by is what is shown
         if most_seconds is None:
-            size = largest(partial(job.parameters, cell), check_integer("most_parameters", most_parameters))
+            budget = check_integer("most_parameters", most_parameters)
+            size = largest(partial(job.parameters, cell), budget, name="most_parameters")
         else:
-            budget = check_number("most_seconds", most_seconds, 0, math.inf)
-            size = largest(seconds, budget, VECTOR_BYTES // np.dtype(job.dtype).itemsize)
+            most, lanes = check_number("most_seconds", most_seconds, 0, math.inf), np.dtype(job.dtype).itemsize
+            size = largest(seconds, most, VECTOR_BYTES // lanes, name="most_seconds")
         row = {
             "cell": cell,
             "hidden_size": size,
@@ -161,7 +170,7 @@ def words(job: Job, frame: pd.DataFrame) -> str:
     )
     return (
         f"{shown.to_string(index=False)}\n\nFirst comes {best['cell']} with {best['hidden_size']} hidden units: "
-        f"{best['parameters']:,} parameters; {work} for {batch} of {job.length} steps takes "
+        f"{best['parameters']:,} parameters; {work} for {batch} of {job.steps} steps takes "
         f"{best['milliseconds']:.3g} ms on this machine.\n{quality}"
     )
 

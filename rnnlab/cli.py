@@ -29,6 +29,8 @@ def main() -> None:
 @click.option("--dtype", default="float32", show_default=True, help="Arithmetic of --plan, or tf32, bf16, fp16.")
 def info(as_json: bool, problem: str | None, dtype: str) -> None:
     """Print versions, CPU, vector width, threads, GPU and why it is not used; or with --plan how it would be used."""
+    if as_json and problem is not None:
+        raise click.UsageError("--json and --plan exclude each other: a plan is a text")
     if problem is not None:
         _print_plans(problem, dtype)
         return
@@ -58,14 +60,18 @@ def _print_plans(problem: str, dtype: str) -> None:
     chip = H200 if available("cuda") else backend("cuda").chip()
     click.echo(f"compute capability {chip.capability[0]}.{chip.capability[1]}, {chip.processors} multiprocessors")
     for backward in (False, True):
-        click.echo(explain(plan(cell, dtype, int(numbers[1]), int(numbers[3]), backward, chip), chip))
+        try:
+            made = plan(cell, dtype, int(numbers[1]), int(numbers[3]), backward, chip)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        click.echo(explain(made, chip))
 
 
 @main.command()
 @click.option("--dtype", "dtypes", multiple=True, help="float32 or float64, repeatable.  [default: both]")
 @click.option("--cell", "cells", multiple=True, help="Name of a cell, repeatable.  [default: all]")
 def warmup(dtypes: tuple[str, ...], cells: tuple[str, ...]) -> None:
-    """Compile the kernels into Numba's on-disk cache and print the seconds of each cell."""
+    """Compile the sequence kernels into Numba's on-disk cache and print the seconds of each cell."""
     from .cells import CELLS
     from .kernels import cpu
     from .study import DTYPES
@@ -188,12 +194,14 @@ def compare(
 
 
 @main.command()
-@click.option("--task-like", default="many_to_one", show_default=True, help="A topology of rnnlab.SequenceModel.")
+@click.option("--task-like", "topology", default="many_to_one", show_default=True, help="As of rnnlab.SequenceModel.")
 @click.option("--length", type=click.IntRange(min=1), required=True, help="Steps of a sequence.")
-@click.option("--inputs", type=click.IntRange(min=1), required=True, help="Numbers that come in at each step.")
-@click.option("--outputs", type=click.IntRange(min=1), default=1, show_default=True, help="Numbers or classes.")
+@click.option("--inputs", "input_size", type=click.IntRange(min=1), required=True, help="Numbers in at each step.")
+@click.option(
+    "--outputs", "output_size", type=click.IntRange(min=1), default=1, help="Numbers or classes.  [default: 1]"
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
-@click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--layers", "num_layers", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), help="Time that a batch may take.")
 @click.option("--params", type=click.IntRange(min=1), help="Parameters that the model may have.")
 @click.option("--scope", type=click.Choice(["forward", "training"]), default="forward", show_default=True)
@@ -201,21 +209,7 @@ def compare(
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the table.")
-def choose(
-    task_like: str,
-    length: int,
-    inputs: int,
-    outputs: int,
-    batch: int,
-    layers: int,
-    budget_ms: float | None,
-    params: int | None,
-    scope: str,
-    cells: tuple[str, ...],
-    device: str,
-    dtype: str,
-    as_json: bool,
-) -> None:
+def choose(budget_ms: float | None, params: int | None, cells: tuple[str, ...], as_json: bool, **job: Any) -> None:
     """Rank cells and their sizes for a kind of task and a budget: --budget-ms or --params.
 
     Parameters and memory are counted, times measured on this machine for a batch of sequences: its prediction, or in
@@ -225,9 +219,9 @@ def choose(
     from .kernels import DeviceNotAvailable
 
     try:
-        job = choosing.Job(task_like, length, inputs, outputs, batch, layers, scope, dtype, device)
+        wanted = choosing.Job(**job)
         seconds = None if budget_ms is None else 1e-3 * budget_ms
-        frame = choosing.choose(job, cells, most_parameters=params, most_seconds=seconds)
+        frame = choosing.choose(wanted, cells, most_parameters=params, most_seconds=seconds)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except DeviceNotAvailable as error:
@@ -236,7 +230,7 @@ def choose(
     if as_json:
         _print_json(frame)
     else:
-        click.echo(choosing.words(job, frame))
+        click.echo(choosing.words(wanted, frame))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ class ClippingRule:
     highest: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
-        if check_number("threshold", self.threshold, 0, self.highest) == 0:
-            raise ValueError(f"threshold must be above 0, got {self.threshold!r}")
+        check_number("threshold", self.threshold, 0, self.highest, above=True)
 
     def ends(self, params: Params) -> NDArray[np.int64]:
         """Return where the parts of the flat gradient begin, and the last one ends, that are clipped on their own."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .checks import check_choice
 from .costs import Shape, arithmetic, memory, roofline_seconds, traffic
 from .kernels import backend, threads
-from .peers import PEERS, NotApplicable, Problem, Run, prepare_rnnlab, tolerance, worst_error
+from .peers import PEERS, NotApplicable, Problem, prepare_rnnlab, tolerance, worst_error
 from .plots import bars, caption, panels, roofline
 from .timing import Seconds, bandwidth, cuda_clock, interleave, peak_flops, ratio, wall_clock
 
@@ -121,20 +121,21 @@ def compare(
     frame = pd.DataFrame()
     with (progress or partial(tqdm, disable=True))(total=len(todo)) as bar:
         for group in _groups(todo):
+            for key in dict.fromkeys((problem.device, problem.dtype) for problem in group):
+                if key not in limits:
+                    limits[key] = _limits(*key)
             checked = [_check(problem, peers) for problem in group]
             times: list[dict[str, list[Seconds]]] = [{name: [] for name in runs} for runs, _, _ in checked]
             for visit in range(VISITS):
                 for problem, (runs, _, _), visits in zip(group, checked, times, strict=True):
                     clock = cuda_clock if problem.device == "cuda" else wall_clock
-                    now = interleave(runs, seconds=seconds / VISITS, rounds=(1, 200), clock=clock)
+                    turned = runs if visit % 2 == 0 else dict(reversed(runs.items()))  # a visit may be a single round
+                    now = interleave(turned, seconds=seconds / VISITS, rounds=(1, 200), clock=clock)
                     for name, spent in now.items():
                         visits[name].append(spent)
                     bar.update(visit == VISITS - 1)
             for problem, (_, status, errors), visits in zip(group, checked, times, strict=True):
-                key = (problem.device, problem.dtype)
-                if key not in limits:
-                    limits[key] = _limits(*key)
-                rows += _rows(problem, status, errors, visits, limits[key])
+                rows += _rows(problem, status, errors, visits, limits[problem.device, problem.dtype])
             frame = pd.DataFrame(rows)
             frame = frame.reindex(columns=frame.columns.union(list(_MEASURED), sort=False))  # where nothing was timed
             if keep is not None:
@@ -169,7 +170,7 @@ def _check(
     problem: Problem, peers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
     """Return what can be timed, the status of every implementation, and the error of each that ran."""
-    reference = _first(prepare_rnnlab(replace(problem, dtype="float64", device="cpu")))
+    reference = prepare_rnnlab(replace(problem, dtype="float64", device="cpu")).result()
     runs: dict[str, Callable[[], Any]] = {}
     status: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -180,7 +181,7 @@ def _check(
             continue
         try:
             run = (peer.prepare if peer else prepare_rnnlab)(problem)
-            errors[name] = worst_error(_first(run), reference)
+            errors[name] = worst_error(run.result(), reference)
         except NotApplicable as reason:
             status[name] = str(reason)
             continue
@@ -200,21 +201,11 @@ def _rows(
     shape, counted = problem.shape, "forward" if problem.scope == "forward" else "training"
     flops, moved = arithmetic(shape, counted), traffic(shape, counted, problem.storage)
     for name in status:
-        row: Row = {
-            "cell": shape.cell,
-            "steps": shape.steps,
-            "batch": shape.batch,
-            "input_size": shape.input_size,
-            "hidden_size": shape.hidden_size,
-            "scope": problem.scope,
-            "dtype": problem.dtype,
-            "device": problem.device,
-            "threads": threads(),
-            "implementation": name,
-            "status": status[name],
-            "error": errors.get(name),
-            "tolerance": tolerance(problem),
-        }
+        sizes = shape.cell, shape.steps, shape.batch, shape.input_size, shape.hidden_size
+        setting = *sizes, problem.scope, problem.dtype, problem.device, threads()
+        row: Row = dict(zip(_PROBLEM, setting, strict=True))
+        row |= {"implementation": name, "status": status[name]}
+        row |= {"error": errors.get(name), "tolerance": tolerance(problem)}
         if name in times:
             spent = pd.Series(np.concatenate(times[name])).quantile([0.5, 0.25, 0.75]).tolist()
             row |= dict(zip(_TIME, (1e3 * s for s in spent), strict=True))
@@ -230,11 +221,6 @@ def _rows(
             paired = ratio(*(np.array([np.median(spent) for spent in times[who]]) for who in ("rnnlab", name)))
             row |= dict(zip(_RATIO, paired, strict=True))
         yield row
-
-
-def _first(run: Run) -> dict[str, Any]:
-    run.call()
-    return run.result()
 
 
 def fastest(frame: pd.DataFrame) -> pd.DataFrame:
@@ -299,7 +285,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         frame["problem"] += " " + frame["arithmetic"]
     figure, axes = panels(1, 2, (15, 2 + 0.28 * frame["problem"].nunique()))
     bars(axes[0], frame[frame["implementation"] != "rnnlab"], y="problem", x="ratio", hue="implementation", unit=1.0)
-    axes[0].set(xlabel="peer's time / ours (above 1 we are faster)", ylabel="cell T,B,I,H")
+    axes[0].set(xlabel="peer's time / ours (above 1 we are faster)", ylabel="cell T,B,I,H", xscale="log")
     roofline(axes[1], frame, hue="implementation", device="arithmetic")
     kinds = "; ".join(frame["arithmetic"].unique())
     text = "{scope}; {kinds}; {threads} threads; medians of interleaved rounds".format(**frame.iloc[0], kinds=kinds)

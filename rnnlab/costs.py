@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .cells import CELLS, Cell
-from .checks import check_choice, check_integer
+from .checks import check_choice, check_flag, check_integer
 from .model import TOPOLOGIES
 
 __all__ = [
@@ -36,7 +36,7 @@ SCOPES = ("forward", "training")
 class Shape:
     """The size of a problem; with `output_size` a readout, read at the last step or at `every` one.
 
-    Raises ValueError for a size below 1 (0 outputs are no readout) and an unknown cell.
+    Raises ValueError for a size below 1 (0 outputs are no readout) and an unknown cell, TypeError for other flags.
     """
 
     cell: str
@@ -53,8 +53,9 @@ class Shape:
         check_choice("cell", self.cell, CELLS)
         for name in ("steps", "batch", "input_size", "hidden_size", "num_layers"):
             check_integer(name, getattr(self, name))
-        if self.output_size:
-            check_integer("output_size", self.output_size)
+        check_integer("output_size", self.output_size, 0)
+        for name in ("bidirectional", "every"):
+            check_flag(name, getattr(self, name))
 
     @property
     def readout(self) -> tuple[int, int]:
@@ -82,8 +83,10 @@ def parameters(shape: Shape, biases: Literal[0, 1, 2] = 2) -> int:
     """Return the exact number of parameters.
 
     `biases` is the convention: 2 as PyTorch and cuDNN (one beside W_ih, one beside W_hh), 1 as most textbooks, Flax and
-    Keras (whose GRU with reset_after counts 2), 0 for none. A readout has one bias, or none.
+    Keras (whose GRU with reset_after counts 2), 0 for none. A readout has one bias, or none. Raises ValueError for
+    another number of biases.
     """
+    check_integer("biases", biases, 0, 2)
     H, readout = shape.hidden_size, shape.output_size * (shape.readout[0] + min(biases, 1))
     return readout + sum(
         len(cell.gates) * H * (inputs + H + biases) + len(cell.peepholes) * H for cell, inputs in shape.layers
@@ -198,13 +201,13 @@ def layout(
     return (Shape(cell, steps, batch, input_size, hidden_size, num_layers, False, output_size, every),)
 
 
-def largest(cost: Callable[[int], float], budget: float, step: int = 1, most: int = 2**14) -> int:
+def largest(cost: Callable[[int], float], budget: float, step: int = 1, most: int = 2**14, name: str = "budget") -> int:
     """Return the hidden size, a multiple of `step` up to `most`, whose cost is the budget, or the next below it.
 
-    `cost` grows with the hidden size. Raises ValueError where even `step` units cost more.
+    `cost` grows with the hidden size. Raises ValueError where even `step` units cost more, of the argument `name`.
     """
     if (least := cost(step)) > budget:
-        raise ValueError(f"budget must be at least {least:.6g}, the cost of {step} hidden units, got {budget:.6g}")
+        raise ValueError(f"{name} must be at least {least:.6g}, the cost of {step} hidden units, got {budget:.6g}")
     fits = step
     while 2 * fits <= most and cost(2 * fits) <= budget:
         fits *= 2

@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import io
 import platform
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from .checks import check_choice, check_dtype, check_integer, generator
 __all__ = [
     "ORIGINS",
     "SAMPLERS",
-    "Dataset",
     "Origin",
     "Shipped",
     "digit_images",
@@ -166,40 +164,22 @@ def shipped(name: str) -> Shipped:
     return Shipped(files, version, digest)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Arrays with their origin: package and version that hold them, licence, and what they are."""
-
-    name: str
-    package: str
-    version: str
-    licence: str
-    description: str
-    values: Array
-    labels: Array | None = None
-
-
-def _dataset(name: str, version: str, values: Array, labels: Array | None = None) -> Dataset:
-    origin = ORIGINS[name]
-    return Dataset(name, origin.package, version, origin.licence, origin.description, values, labels)
+@cache
+def hourly_temperatures() -> Array:
+    """Hourly temperature normals of Seattle over one year, (8759,), °F. Raises as `shipped`."""
+    (file,) = shipped("hourly_temperatures").files
+    return pd.read_csv(io.BytesIO(file))["temp"].to_numpy(np.float64)
 
 
 @cache
-def hourly_temperatures() -> Dataset:
-    """Hourly temperature normals of Seattle over one year: values (8759,), °F. Raises as `shipped`."""
-    (file,), version, _ = shipped("hourly_temperatures")
-    return _dataset("hourly_temperatures", version, pd.read_csv(io.BytesIO(file))["temp"].to_numpy(np.float64))
-
-
-@cache
-def digit_images() -> Dataset:
-    """Handwritten digits of 8 × 8 pixels: values (1797, 64) from 0 to 16, row by row; labels (1797,) from 0 to 9.
+def digit_images() -> tuple[Array, Array]:
+    """Handwritten digits of 8 × 8 pixels: pixels (1797, 64) from 0 to 16, row by row; labels (1797,) from 0 to 9.
 
     Alpaydin & Kaynak (1998), UCI machine learning repository. Raises as `shipped`.
     """
-    (file,), version, _ = shipped("digit_images")
+    (file,) = shipped("digit_images").files
     table = np.loadtxt(io.BytesIO(gzip.decompress(file)), delimiter=",")
-    return _dataset("digit_images", version, np.ascontiguousarray(table[:, :-1]), table[:, -1].astype(np.int64))
+    return np.ascontiguousarray(table[:, :-1]), table[:, -1].astype(np.int64)
 
 
 def _white_noise(steps: int, batch: int, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -207,7 +187,7 @@ def _white_noise(steps: int, batch: int, rng: np.random.Generator) -> tuple[Arra
 
 
 def _temperature_windows(steps: int, batch: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    values = hourly_temperatures().values
+    values = hourly_temperatures()
     values = (values - values.mean()) / values.std()
     window = rng.integers(len(values) - steps, size=batch) + np.arange(steps + 1)[:, None]
     series = values[window][:, :, None]
@@ -215,13 +195,12 @@ def _temperature_windows(steps: int, batch: int, rng: np.random.Generator) -> tu
 
 
 def _digit_streams(steps: int, batch: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    images = digit_images()
-    assert images.labels is not None
-    pixels = (images.values - images.values.mean()) / images.values.std()
+    images, labels = digit_images()
+    pixels = (images - images.mean()) / images.std()
     count = -(-steps // pixels.shape[1])
     picked = rng.integers(len(pixels), size=(batch, count))
     stream = pixels[picked].reshape(batch, -1)[:, -steps:]
-    return stream.T[:, :, None], images.labels[picked[:, -1]]
+    return stream.T[:, :, None], labels[picked[:, -1]]
 
 
 #: Inputs by name: what `sample` draws, and the number of outputs and the loss that belong to them.
@@ -241,11 +220,10 @@ def sample(
     hour's temperature, (B, 1); digit_pixels: digits read pixel by pixel, one after the other, of which the last is
     complete, with its label, (B,). Raises ValueError for an unknown name or sizes out of range.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"name must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    check_choice("name", name, SAMPLERS)
     steps, batch = check_integer("steps", steps), check_integer("batch", batch)
-    if name == "hourly_temperatures" and steps >= len(hourly_temperatures().values):
-        raise ValueError(f"steps must be below {len(hourly_temperatures().values)} for {name}, got {steps}")
+    if name == "hourly_temperatures" and steps >= len(hourly_temperatures()):
+        raise ValueError(f"steps must be below {len(hourly_temperatures())} for {name}, got {steps}")
     dtype = check_dtype("dtype", dtype)
     x, targets = SAMPLERS[name][0](steps, batch, generator(seed, name))
     return np.ascontiguousarray(x, dtype), targets.astype(dtype) if targets.dtype.kind == "f" else targets

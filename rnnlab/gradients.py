@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_choice, check_integer
+from .checks import check_choice, check_integer, check_number
 from .kernels import LayerGradients
 from .model import SequenceModel
 from .rnn import Recurrent, State, Trace
@@ -50,27 +50,12 @@ class Decay:
         """Steps in which the norm halves, ln 2 / −rate; infinite where nothing decays."""
         return _half_life(self.rate)
 
-    @property
-    def half_life_low(self) -> float:
-        """The half-life at the lower end of the rate's interval."""
-        return _half_life(self.rate_low)
-
-    @property
-    def half_life_high(self) -> float:
-        """The half-life at the upper end of the rate's interval."""
-        return _half_life(self.rate_high)
-
     def to_row(self) -> dict[str, float]:
         """Return all numbers with their units in the names, as one row of a tidy table."""
-        return {
-            "rate_nats_per_step": self.rate,
-            "rate_low_nats_per_step": self.rate_low,
-            "rate_high_nats_per_step": self.rate_high,
-            "half_life_steps": self.half_life,
-            "half_life_low_steps": self.half_life_low,
-            "half_life_high_steps": self.half_life_high,
-            "horizon_steps": self.horizon,
-        }
+        rates = {"": self.rate, "low_": self.rate_low, "high_": self.rate_high}
+        row = {f"rate_{end}nats_per_step": rate for end, rate in rates.items()}
+        row |= {f"half_life_{end}steps": _half_life(rate) for end, rate in rates.items()}
+        return row | {"horizon_steps": self.horizon}
 
 
 @dataclass(frozen=True)
@@ -98,9 +83,7 @@ class GradientFlow:
         NaN where the lag is longer than the sequence. Raises ValueError for a quantity or k that there is not.
         """
         values = {"h": self.h, "c": self.c}[check_choice("quantity", quantity, ("h", "c") if self.c else ("h",))]
-        if not isinstance(k, int) or not 0 <= k < len(values):
-            raise ValueError(f"k must be a layer-direction in 0…{len(values) - 1}, got {k!r}")
-        return align(values[k], self.lengths)
+        return align(values[check_integer("k", k, 0, len(values) - 1)], self.lengths)
 
     def decay(self, quantity: Literal["h", "c"] = "h", k: int = 0, **options: Any) -> Decay:
         """Return the decay over the lag; the sequences are the samples. Options as in the function `decay`."""
@@ -174,18 +157,14 @@ def gradient_flow(
             norms = np.concatenate([np.full((1, B), -np.inf), norms[1].reshape(T, B)])
         return np.where(past, np.nan, norms)
 
-    states = [[slots(part, layer.exponent, False) for part in layer.state] for layer in layers]
-    directs = [[slots(part, layer.exponent, True) for part in layer.state] for layer in single]
-    return GradientFlow(
-        [kinds[0] for kinds in states],
-        [norms for kinds in states for norms in kinds[1:]],
-        np.where(past[1:], np.nan, log_norm(dx, dx_exponent)),
-        [kinds[0] for kinds in directs],
-        [norms for kinds in directs for norms in kinds[1:]],
-        np.where(past[1:], np.nan, log_norm(direct_dx, direct_dx_exponent)),
-        trace.lengths,
-        net.directions,
-    )
+    def h_and_c(found: list[LayerGradients], direct: bool) -> tuple[list[Floats], list[Floats]]:
+        parts = [[slots(part, layer.exponent, direct) for part in layer.state] for layer in found]
+        return [part[0] for part in parts], [norms for part in parts for norms in part[1:]]
+
+    ends = (dx, dx_exponent), (direct_dx, direct_dx_exponent)
+    of_x, direct_x = (np.where(past[1:], np.nan, log_norm(*end)) for end in ends)
+    total, direct = h_and_c(layers, False), h_and_c(single, True)
+    return GradientFlow(*total, of_x, *direct, direct_x, trace.lengths, net.directions)
 
 
 def run_to_loss(
@@ -254,8 +233,12 @@ def lag_profile(log_norms: Floats, low: float = 0.1, high: float = 0.9) -> pd.Da
     """Return quantiles over the samples of log-norms (samples, lags), each relative to its own at the first lag.
 
     The first lag is that from which most samples have a gradient. Columns: lag_steps, norm_decades (the median, log10),
-    norm_low_decades and norm_high_decades; over the samples that reach a lag, at least half of them, else NaN.
+    norm_low_decades and norm_high_decades; over the samples that reach a lag, at least half of them, else NaN. Raises
+    ValueError for an array that is not two-dimensional and for quantiles outside 0 ≤ low ≤ high ≤ 1.
     """
+    log_norms = _samples_by_lag(log_norms)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"low and high must lie in 0 ≤ low ≤ high ≤ 1, got {low!r} and {high!r}")
     first = int((np.isfinite(log_norms).mean(axis=0) >= 0.5).argmax())
     reference = log_norms[:, first : first + 1]
     relative = (log_norms[:, first:] - np.where(np.isfinite(reference), reference, np.nan)) / np.log(10)
@@ -284,14 +267,12 @@ def decay(
     lags that fewer than half of the samples have, or whose median is not finite, are left out. The interval of a single
     sample is NaN. Raises ValueError for an array that is not two-dimensional and for options out of range.
     """
-    log_norms = np.asarray(log_norms, np.float64)
-    if log_norms.ndim != 2 or 0 in log_norms.shape:
-        raise ValueError(f"log_norms must have shape (samples, lags), got {log_norms.shape}")
+    log_norms = _samples_by_lag(log_norms)
     samples, lags = log_norms.shape
-    if transient is not None and (not isinstance(transient, int) or not 0 <= transient < lags):
-        raise ValueError(f"transient must be an integer in 0…{lags - 1}, got {transient!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
+    if transient is not None:
+        check_integer("transient", transient, 0, lags - 1)
+    check_number("confidence", confidence, 0, 1, above=True)
+    check_integer("resamples", resamples)
     median = _quantile(log_norms, 0.5)
     usable = np.flatnonzero(np.isfinite(median))
     start = transient if transient is not None else (int(usable[-1]) + 1) // 5 if usable.size else 0
@@ -299,10 +280,17 @@ def decay(
     low = high = float("nan")
     if samples > 1 and np.isfinite(rate):
         rng = np.random.default_rng(seed)
-        picks = rng.integers(samples, size=(check_integer("resamples", resamples), samples))
+        picks = rng.integers(samples, size=(resamples, samples))
         slopes = [_slope(_quantile(log_norms[pick, start:], 0.5)) for pick in picks]
         low, high = np.nanquantile(slopes, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
     return Decay(rate, low, high, _horizon(median) if np.isfinite(rate) else float("nan"))
+
+
+def _samples_by_lag(log_norms: Floats) -> Floats:
+    log_norms = np.asarray(log_norms, np.float64)
+    if log_norms.ndim != 2 or 0 in log_norms.shape:
+        raise ValueError(f"log_norms must have shape (samples, lags), got {log_norms.shape}")
+    return log_norms
 
 
 def _quantile(values: Floats, q: float) -> Floats:
@@ -332,6 +320,7 @@ def _slope(values: Floats) -> float:
 
 
 def _horizon(values: Floats) -> float:
+    values = values[: int(np.flatnonzero(~np.isnan(values))[-1]) + 1]  # as far as half of the samples reach
     values = np.where(np.isfinite(values), values, -np.inf)
     share = np.exp(values - values.max())
     remaining = share[::-1].cumsum()[::-1] / share.sum()

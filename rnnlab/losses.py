@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,18 +94,8 @@ def _bce(logits: Array, target: Array, slope: Array) -> Any:
     return loss * share
 
 
-def _probabilities(logits: Array) -> Array:
-    p: Array = expit(logits)
-    return p
-
-
-def _softmax(logits: Array) -> Array:
-    p: Array = softmax(logits, axis=-1)
-    return p
-
-
 def _softmax_backward(logits: Array, d_outputs: Array) -> Array:
-    p = _softmax(logits)
+    p: Array = softmax(logits, axis=-1)
     d_logits: Array = p * (d_outputs - (p * d_outputs).sum(axis=-1, keepdims=True))
     return d_logits
 
@@ -114,8 +104,8 @@ def _softmax_backward(logits: Array, d_outputs: Array) -> Array:
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("cross_entropy", _softmax, _softmax_backward, _cross_entropy),
+        Loss("cross_entropy", partial(softmax, axis=-1), _softmax_backward, _cross_entropy),
         Loss("mse", lambda y: y, lambda y, dy: dy, _mse),
-        Loss("bce", _probabilities, lambda y, dp: _probabilities(y) * _probabilities(-y) * dp, _bce),
+        Loss("bce", lambda y: expit(y), lambda y, dp: expit(y) * expit(-y) * dp, _bce),
     )
 }

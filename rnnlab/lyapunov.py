@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .cells import Cell
 from .checks import check_array, check_integer, generator
-from .kernels import backend
+from .kernels import LayerWeights, backend
 from .rnn import Recurrent, State
 
 __all__ = ["Lyapunov", "lyapunov_spectrum"]
@@ -31,7 +31,7 @@ class Lyapunov:
     """A Lyapunov spectrum.
 
     exponents (k,): nats per step, descending; −∞ where J is singular to float64's precision. error (k,): half the
-    difference of the averages over the first and the second half of the steps. dimension: Kaplan & Yorke (1979).
+    difference of the averages over the first and the second half of the intervals. dimension: Kaplan & Yorke (1979).
     entropy: the sum of the positive exponents, nats per step, an upper bound on the entropy rate (Ruelle 1978). Both
     are NaN where the k leading exponents do not settle them. interval: steps from one QR decomposition to the next.
     """
@@ -64,10 +64,10 @@ def lyapunov_spectrum(
 
     The tangent vectors of the whole state, L·S·H (all layers; h and c), are orthonormalised by QR every `interval`
     steps (Benettin et al. 1980; for RNNs Engelken, Wolf & Abbott 2023): None takes as many as their measured spread
-    allows, and an interval over which float64 would lose the smallest is halved. They run along for `transient` steps,
-    then for `steps` that count; T must be at least the sum. `exponents` asks for so many leading ones (None: all).
-    `state` is the first one, in the form of `Trace.final` with B = 1; None draws it from N(0, 1), as a network at rest
-    may stay there. The tangent vectors are float64 whatever the network's dtype.
+    allows; it is cut to half of `steps`, and one over which float64 would lose the smallest is halved. They run along
+    for `transient` steps, then for `steps` that count; T must be at least the sum. `exponents` asks for so many leading
+    ones (None: all). `state` is the first one, in the form of `Trace.final` with B = 1; None draws it from N(0, 1), as
+    a network at rest may stay there. The tangent vectors are float64 whatever the network's dtype.
 
     Raises TypeError and ValueError for arguments that do not fit, ValueError for a bidirectional network, which has no
     state that goes forward, for one on a GPU, and for one whose states or perturbations overflow.
@@ -92,18 +92,13 @@ def lyapunov_spectrum(
     # Each vector has its own draws, so that the first ones do not depend on how many are asked for.
     frame, _, _ = _orthonormalise(generator(seed, "tangents").normal(size=(count, size)).T)
     stream = _linearise(net, x[:total], state)
-    layers = [_Layer(*(w.astype(np.float64) for w in net.weights(k)[:2])) for k in range(net.num_layers)]
+    layers = [LayerWeights(*(w.astype(np.float64) for w in net.weights(k))) for k in range(net.num_layers)]
     frame, settling = _run(net.cell, layers, stream, frame, shape, transient, 1 if interval is None else interval)
     if interval is None:
         interval = _longest(settling)
     interval = min(interval, max(1, steps // 2))  # two halves to compare
     _, logs = _run(net.cell, layers, stream, frame, shape, steps, interval)
     return _summarise(logs, size, interval)
-
-
-class _Layer(NamedTuple):
-    weight_ih: Floats
-    weight_hh: Floats
 
 
 def _linearise(net: Recurrent, x: Array, state: State) -> Iterator[list[Any]]:
@@ -126,7 +121,7 @@ def _of_step(part: Any, t: int) -> tuple[Array, ...]:
 
 def _run(
     cell: Cell,
-    layers: list[_Layer],
+    layers: list[LayerWeights],
     stream: Iterator[list[Any]],
     frame: Floats,
     shape: tuple[int, int, int],
@@ -143,7 +138,7 @@ def _run(
 
 
 def _advance(
-    cell: Cell, layers: list[_Layer], block: list[Any], frame: Floats, shape: tuple[int, int, int]
+    cell: Cell, layers: list[LayerWeights], block: list[Any], frame: Floats, shape: tuple[int, int, int]
 ) -> tuple[Floats, Floats]:
     """Return the frame after a block of steps, and ln of the growth (k,); in two halves if digits would be lost."""
     tangents = frame
@@ -164,7 +159,7 @@ def _advance(
     return frame, first + second
 
 
-def _tangents(cell: Cell, layers: list[_Layer], step: list[Any], old: Floats) -> Floats:
+def _tangents(cell: Cell, layers: list[LayerWeights], step: list[Any], old: Floats) -> Floats:
     """Return J·old for tangent vectors (L, S, H, k), without forming J.
 
     new_s = Σ_g ah_sg ∘ (W_hh,g h) + Σ_q old_sq ∘ old_q, and from the second layer on + Σ_g ax_sg ∘ (W_ih,g h_below).

@@ -35,8 +35,8 @@ class MemoryPath:
     lengths: NDArray[np.int64]
 
     def by_lag(self, k: int = 0) -> Floats:
-        """Return the shares (B, T+1) by lag, as `GradientFlow.by_lag` does."""
-        return align(self.shares[k], self.lengths)
+        """Return the shares (B, T+1) by lag, as `GradientFlow.by_lag` does. Raises ValueError for k as that does."""
+        return align(self.shares[check_integer("k", k, 0, len(self.shares) - 1)], self.lengths)
 
 
 def memory_path(

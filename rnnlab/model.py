@@ -316,7 +316,7 @@ class SequenceModel:
         if self.decoder is None:
             if isinstance(x, np.ndarray) and x.ndim == 3 and x.shape[0] != 1:
                 raise ValueError(f"x must have one step for topology one_to_many, got {x.shape[0]}")
-            check_array("x", x, (1, "B", self.rnn.input_size), self.rnn.dtype)
+            x = check_array("x", x, (1, "B", self.rnn.input_size), self.rnn.dtype)
             if lengths is not None:
                 raise ValueError("lengths belongs to topologies with several inputs, got it for one_to_many")
             self.rnn.stack_state("state", state, x.shape[1])

@@ -51,7 +51,7 @@ def _adam(weights: Array, gradient: Array, state: Array, step: Array, settings: 
 class Optimiser:
     """What all optimisers have in common: settings, rows of state as long as the parameters, a compiled kernel.
 
-    Raises ValueError for a learning rate that is not a finite number of at least 0.
+    Raises ValueError for a setting that is not a finite number of at least 0, and for a factor of 1 or more.
     """
 
     learning_rate: float
@@ -60,7 +60,8 @@ class Optimiser:
     kernel: ClassVar[Callable[..., None]]
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # all but learning rate and epsilon are factors of a running mean
+        for field in dataclasses.fields(self):
+            # Those named here are factors of a running mean.
             high = 1 if field.name in ("momentum", "decay", "beta1", "beta2") else math.inf
             check_number(field.name, getattr(self, field.name), 0, high)
 

@@ -169,8 +169,7 @@ def initialise(
     check_choice("recurrent", recurrent, INITIALISERS)
     check_choice("input", input, INITIALISERS)
     check_choice("bias", bias, ("uniform", "zeros"))
-    if check_number("gain", gain, 0, math.inf) == 0:
-        raise ValueError(f"gain must be above 0, got {gain!r}; for zero weights use the initialiser zeros")
+    check_number("gain", gain, 0, math.inf, above=True)
     if forget_bias is not None:
         check_number("forget_bias", forget_bias, -math.inf, math.inf)
     keeps = next((gate for gate in cell.gates if gate in "fz"), None)

@@ -43,6 +43,9 @@ DTYPES = {"float32": 2.0**-24, "float64": 2.0**-53, "tf32": 2.0**-11, "bf16": 2.
 #: The whole training step of scope "step": classes, clipping threshold (global norm), learning rate.
 CLASSES, THRESHOLD, LEARNING_RATE = 10, 1.0, 0.01
 
+#: The learning rate of the step that is checked: with a smaller one the old weights would hide the gradient.
+CHECKED_RATE = 1.0
+
 
 class NotApplicable(Exception):
     """An implementation cannot run a problem; the message says why."""
@@ -52,7 +55,8 @@ class NotApplicable(Exception):
 class Problem:
     """One thing to compute: a shape, a scope, a dtype and a device; all numbers follow from `seed`.
 
-    On the CPU everyone has as many threads as our kernels, `kernels.threads`. Raises ValueError for unknown names.
+    On the CPU everyone has as many threads as our kernels, `kernels.threads`; JAX, which takes all the cores that there
+    are, where `timing.pin` has left the process as many. Raises ValueError for unknown names.
     """
 
     shape: Shape
@@ -102,9 +106,9 @@ class Problem:
 
 
 class Run(NamedTuple):
-    """A prepared implementation: `call` works once, `result` calls it and returns what it computed, as named arrays.
+    """A prepared implementation: `call` works once, `result` returns what it computes, as named arrays.
 
-    Of scope "step", which changes what it computes with, `result` returns what the first call computed.
+    Of scope "step" that is the parameters after a first step with `CHECKED_RATE`.
     """
 
     call: Callable[[], Any]
@@ -142,7 +146,7 @@ def tolerance(problem: Problem) -> float:
     u is the unit roundoff; the factor covers sums over H and B·T terms and the reordering of fused operations. In a
     step PyTorch clips to θ / (‖g‖ + 10⁻⁶), which moves the update by that much. At most 0.1: zeros are wrong by 1.
     """
-    clipping = 1e-6 * LEARNING_RATE if problem.scope == "step" else 0.0
+    clipping = 1e-6 * CHECKED_RATE if problem.scope == "step" else 0.0
     return min(0.1, float(30 * DTYPES[problem.dtype] * np.sqrt(problem.shape.steps)) + clipping)
 
 
@@ -156,17 +160,18 @@ def prepare_rnnlab(problem: Problem) -> Run:
     if problem.dtype not in ("float32", "float64"):
         raise NotApplicable(f"rnnlab has no {problem.dtype} on the CPU")
     x, upstream, labels = problem.arrays()
-    kept: list[Results] = []
     if problem.scope == "step":
-        model = problem.model()
-        take = TrainingStep(model, x.shape[0], x.shape[1], SGD(LEARNING_RATE), ByGlobalNorm(THRESHOLD))
 
-        def step() -> None:
-            take(x, labels)
-            if not kept:
-                kept.append({name: array.copy() for name, array in model.params.items()})
+        def step(rate: float) -> TrainingStep:
+            return TrainingStep(problem.model(), x.shape[0], x.shape[1], SGD(rate), ByGlobalNorm(THRESHOLD))
 
-        return Run(step, lambda: kept[0])
+        def checked() -> Results:
+            first = step(CHECKED_RATE)
+            first(x, labels)
+            return {**first.model.params}
+
+        timed = step(LEARNING_RATE)
+        return Run(lambda: timed(x, labels), checked)
     net = problem.network()
     if problem.scope == "forward":
         run = Inference(net, *x.shape[:2])
@@ -255,6 +260,7 @@ def prepare_torch(problem: Problem, graph: bool = False) -> Run:
     network.load_state_dict({name: torch.from_numpy(array) for name, array in problem.network().params.items()})
     if problem.scope == "step":
         return _torch_step(problem, network, x, torch.from_numpy(arrays[2]).to(device))
+    network.train(problem.scope != "forward")  # or cuDNN would keep what only BPTT needs
     x.requires_grad_(problem.scope == "training")
 
     def forward() -> Any:
@@ -321,7 +327,7 @@ def train_torch(
     for update in range(updates + 1):
         if update % every == 0:
             for name, tensor in module.named_parameters():
-                model.params[name] = tensor.detach().numpy()
+                model.params[name][...] = tensor.detach().numpy()  # also of a network that has diverged
             found.append((update, evaluation(model)))
         if update == updates:
             break
@@ -348,17 +354,22 @@ def _torch_step(problem: Problem, network: Any, x: Any, labels: Any) -> Run:
     named = {f"rnn.{name}": weight for name, weight in network.named_parameters()}
     named |= {f"readout.{name}": weight for name, weight in readout.named_parameters()}
     optimiser = torch.optim.SGD(named.values(), lr=LEARNING_RATE)
-    kept: list[Results] = []
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(readout(network(x)[0][-1]), labels).backward()
         torch.nn.utils.clip_grad_norm_(named.values(), THRESHOLD)
         optimiser.step()
-        if not kept:
-            kept.append({name: weight.detach().double().cpu().numpy().copy() for name, weight in named.items()})
 
-    return Run(step, lambda: kept[0])
+    def checked() -> Results:
+        for name, weight in named.items():
+            weight.data.copy_(torch.from_numpy(source[name]))
+        optimiser.param_groups[0]["lr"] = CHECKED_RATE
+        step()
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE
+        return {name: weight.detach().double().cpu().numpy() for name, weight in named.items()}
+
+    return Run(step, checked)
 
 
 def _cuda_graph(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -478,19 +489,20 @@ def prepare_jax(problem: Problem, cudnn: bool = False) -> Run:
         logits = forward(rnn, x)[-1] @ params["readout.weight"].T + params["readout.bias"]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
 
-    def update(params: dict[str, Any], x: Any, labels: Any) -> Any:
+    def update(params: dict[str, Any], x: Any, labels: Any, learning_rate: Any) -> Any:
         gradients = jax.grad(loss)(params, x, labels)
         norm = jnp.sqrt(sum(jnp.sum(g * g) for g in gradients.values()))
-        rate = LEARNING_RATE * jnp.minimum(1.0, THRESHOLD / norm)
+        rate = learning_rate * jnp.minimum(1.0, THRESHOLD / norm)
         return {name: params[name] - rate * gradients[name] for name in params}
 
     exact = jax.default_matmul_precision("highest")  # a GPU would multiply float32 in TF32
     with jax.enable_x64(problem.dtype == "float64"), exact:
         x, upstream, labels = (jax.device_put(array, device) for array in problem.arrays())
+        rates = [jax.device_put(np.asarray(rate, problem.dtype), device) for rate in (LEARNING_RATE, CHECKED_RATE)]
         source = problem.model().params if problem.scope == "step" else problem.network().params
         params = jax.device_put({name: np.array(array) for name, array in source.items()}, device)
         if problem.scope == "step":
-            work, arguments = jax.jit(update), [params, x, labels]
+            work, arguments = jax.jit(update), [params, x, labels, rates[0]]
         elif problem.scope == "training":
             work, arguments = jax.jit(train), [params, x, upstream]
         else:
@@ -504,13 +516,13 @@ def prepare_jax(problem: Problem, cudnn: bool = False) -> Run:
         return done
 
     def result() -> Results:
-        done = jax.block_until_ready(work(params, *arguments[1:]))
         if problem.scope == "step":
-            named = done
+            named = work(params, x, labels, rates[1])
         elif problem.scope == "training":
-            named = {"output": done[0], **done[1], "x": done[2]}
+            output, gradients, dx = work(*arguments)
+            named = {"output": output, **gradients, "x": dx}
         else:
-            named = {"output": done}
+            named = {"output": work(*arguments)}
         return {name: np.asarray(array, np.float64) for name, array in named.items()}
 
     return Run(call, result)

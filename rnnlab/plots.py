@@ -60,6 +60,8 @@ def banded_lines(
     for colour, shade in zip(PALETTE, hue_order, strict=False):
         for name, dash in dashes.items():
             part = frame[(frame[hue] == shade) & (frame[style] == name)]
+            if part.empty:
+                continue
             ax.plot(part[x], part[y], dash, color=colour, label=_words(f"{shade}, {name}"))
             ax.fill_between(part[x], part[low], part[high], color=colour, alpha=0.15, linewidth=0)
     ax.legend(title=title, fontsize=8, title_fontsize=8)
@@ -200,14 +202,16 @@ def relief(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, height: str) -> Any
 
 
 def bars(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, hue: str, unit: float) -> None:
-    """Draw horizontal bars on a logarithmic axis, and the line where `x` is `unit`."""
+    """Draw horizontal bars, and the line where `x` is `unit`."""
     sns.barplot(frame, x=x, y=y, hue=hue, ax=ax, palette="colorblind", errorbar=None)
-    ax.set_xscale("log")
     ax.axvline(unit, color="k", linewidth=1)
 
 
 def roofline(ax: Axes, frame: pd.DataFrame, *, hue: str, device: str) -> None:
-    """Draw GFLOP/s against FLOPs per byte, under each device's measured peak and bandwidth (Williams et al. 2009)."""
+    """Draw GFLOP/s against FLOPs per byte, under each device's measured peak and bandwidth (Williams et al. 2009).
+
+    Of a device that was measured several times the medians of both are drawn.
+    """
     sns.scatterplot(
         frame, x="flops_per_byte", y="gflops_per_second", hue=hue, style="cell", ax=ax, palette="colorblind"
     )

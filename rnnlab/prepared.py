@@ -22,6 +22,8 @@ Array = NDArray[Any]
 
 def _shape_of(net: Recurrent, steps: int, batch: int) -> tuple[int, int, int]:
     """Return the shape (T, B, I) of inputs; raise ValueError for sizes below 1 and a network on a GPU."""
+    if not isinstance(net, Recurrent):
+        raise TypeError(f"net must be a Recurrent network, got {type(net).__name__}")
     if net.device != "cpu":
         raise ValueError(f"net must be on the CPU, got {net!r}")
     return check_integer("steps", steps), check_integer("batch", batch), net.input_size
@@ -34,7 +36,7 @@ class Inference:
     of `Recurrent.forward(x, state, keep=False)`. Weights are those at the time of preparation: changes of `net.params`
     show in another one.
 
-    Raises ValueError for sizes below 1 and a network on a GPU.
+    Raises ValueError for sizes below 1 and a network on a GPU, TypeError for what is no network.
     """
 
     def __init__(self, net: Recurrent, steps: int, batch: int) -> None:
@@ -96,7 +98,7 @@ class Backpropagation:
     nor weights; the output is read-only where `backward` reads it. There is no dropout, as in `Recurrent.forward`
     without `training`.
 
-    Raises ValueError for sizes below 1 and a network on a GPU.
+    Raises ValueError for sizes below 1 and a network on a GPU, TypeError for what is no network.
     """
 
     def __init__(self, net: Recurrent, steps: int, batch: int) -> None:

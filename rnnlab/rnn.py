@@ -379,9 +379,8 @@ class Recurrent:
         Slots count as in `Trace.h`. Raises ValueError for a step or layer-direction that the trace does not have.
         """
         self._check_trace(trace)
-        T = trace.output.shape[0]
-        if not all(isinstance(i, int) and 0 <= i < n for i, n in ((t, T), (k, len(trace.layers)))):
-            raise ValueError(f"t must lie in 0…{T - 1} and k in 0…{len(trace.layers) - 1}, got t={t}, k={k}")
+        t = check_integer("t", t, 0, len(trace.output) - 1)
+        k = check_integer("k", k, 0, len(trace.layers) - 1)
         jacobian: Array = backend(self.device).jacobian(self.cell, trace.layers[k], self.weights(k), t)
         return jacobian
 

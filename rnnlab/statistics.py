@@ -18,9 +18,9 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     Raises ValueError for no trials, more successes than trials and a confidence outside (0, 1).
     """
     check_integer("trials", trials)
-    if isinstance(successes, bool) or not isinstance(successes, int | np.integer) or not 0 <= successes <= trials:
-        raise ValueError(f"successes must be an integer in 0…{trials}, got {successes!r}")
-    interval = binomtest(int(successes), int(trials)).proportion_ci(_confidence(confidence), method="wilson")
+    check_integer("successes", successes, 0, trials)
+    check_number("confidence", confidence, 0, 1, above=True)
+    interval = binomtest(int(successes), int(trials)).proportion_ci(confidence, method="wilson")
     return successes / trials, float(interval.low), float(interval.high)
 
 
@@ -38,7 +38,7 @@ def bootstrap(
     Raises ValueError for values that are not one-dimensional, empty or not finite, and for options out of range.
     """
     sample = _sample(values)
-    rng, tail = np.random.default_rng(seed), (1 - _confidence(confidence)) / 2
+    rng, tail = np.random.default_rng(seed), (1 - check_number("confidence", confidence, 0, 1, above=True)) / 2
     picks = rng.integers(sample.size, size=(check_integer("resamples", resamples), sample.size))
     low, high = np.quantile(statistic(sample[picks], axis=1), [tail, 1 - tail]) if sample.size > 1 else (np.nan, np.nan)
     return float(statistic(sample, axis=0)), float(low), float(high)
@@ -50,11 +50,11 @@ def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> tuple[float, f
     For a handful of values: the bootstrap of five from a normal distribution misses their mean in 15 of 100 cases where
     it promises 5. The interval of a single value is NaN. Raises ValueError as `bootstrap`.
     """
-    sample = _sample(values)
+    sample, inside = _sample(values), check_number("confidence", confidence, 0, 1, above=True)
     mean, count = float(sample.mean()), sample.size
     if count == 1:
         return mean, float("nan"), float("nan")
-    half = float(t.ppf((1 + _confidence(confidence)) / 2, count - 1) * sample.std(ddof=1) / np.sqrt(count))
+    half = float(t.ppf((1 + inside) / 2, count - 1) * sample.std(ddof=1) / np.sqrt(count))
     return mean, mean - half, mean + half
 
 
@@ -68,9 +68,3 @@ def _sample(values: ArrayLike) -> NDArray[np.float64]:
 def columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
     """Return a value and its interval as columns of a tidy table, named as the functions of `plots` take them."""
     return dict(zip((name, f"low_{name}", f"high_{name}"), interval, strict=True))
-
-
-def _confidence(value: float) -> float:
-    if check_number("confidence", value, 0, 1) == 0:
-        raise ValueError(f"confidence must lie in (0, 1), got {value!r}")
-    return value

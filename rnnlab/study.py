@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -38,19 +39,20 @@ import click
 from tqdm import tqdm
 
 from . import kernels
+from .timing import thread_environment
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["DTYPES", "Options", "Study", "flags", "provenance", "side_by_side"]
+__all__ = ["DTYPES", "Options", "Study", "flags", "provenance", "records", "side_by_side"]
 
 DTYPES = ("float32", "float64")
 FIGURES = ("figure.svg", "figure.png")
-NUMERICAL = ("numba", "numpy", "scipy")
+#: Packages that numbers depend on (Pillow draws the letters of a data set); those that times depend on too; all.
+NUMERICAL = ("numba", "numpy", "scipy", "pillow")
 COMPUTING = ("rnnlab", "numba", "numba-cuda", "llvmlite", "numpy", "scipy", "torch", "jax", "onnxruntime")
-PACKAGES = (*COMPUTING, "pandas", "matplotlib", "seaborn")
-THREAD_LIMITS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+PACKAGES = (*COMPUTING, "pillow", "pandas", "matplotlib", "seaborn")
 
 Point = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -157,6 +159,8 @@ class Study:
         assert options.jobs is not None
         if options.scheduler and options.jobs > 1:
             raise click.UsageError("--jobs and --scheduler exclude each other: a cluster has its own number of workers")
+        if options.scheduler and self.timed:
+            raise click.UsageError(f"{self.name} measures times of this machine, got --scheduler {options.scheduler}")
         if options.device not in self.devices:
             raise click.UsageError(
                 f"{self.name} runs on {', '.join(self.devices)} alone, got --device {options.device}"
@@ -246,7 +250,7 @@ class Study:
         return [json.loads(json.dumps(point)) | flagged for point in grid]
 
     def _identity(self, point: Point, source: str, environment: dict[str, Any]) -> str:
-        packages = {name: environment["packages"].get(name) for name in (COMPUTING if self.timed else NUMERICAL)}
+        packages = {name: environment["packages"].get(name) for name in COMPUTING if self.timed}
         machine = {name: environment[name] for name in ("cpu", "cpu_target", "threads", "gpu") if self.timed}
         content = {"study": self.name, "version": self.version, "point": point, "source": source} | packages | machine
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -304,24 +308,30 @@ def side_by_side(function: Callable[[Point, int], Result], point: Point) -> list
         return list(pool.map(lambda seed: function(point, seed), seeds))
 
 
+def records(frame: "pd.DataFrame") -> Rows:
+    """Return a table as rows."""
+    rows: Any = frame.to_dict("records")
+    return list(rows)
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def provenance() -> dict[str, Any]:
     """Return what numbers depend on besides their source: packages, commit, CPU, threads, GPU or why it is not used."""
     from .kernels.simd import CPU, VECTOR_BYTES
 
-    packages = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[package] = importlib.metadata.version(package)
-    gpu_unused = None
-    try:
-        kernels.backend("cuda")
-    except kernels.DeviceNotAvailable as error:
-        gpu_unused = str(error)
     git = ("git", "--no-optional-locks", "-C", str(Path(__file__).parent))
     # An installed rnnlab may lie inside a checkout of something else: only one that tracks this file counts.
     tracked = _stdout(*git, "ls-files", "--error-unmatch", Path(__file__).name)
     return {
-        "packages": packages,
+        "packages": _versions(PACKAGES),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": _stdout(*git, "rev-parse", "HEAD") if tracked else None,
@@ -332,7 +342,7 @@ def provenance() -> dict[str, Any]:
         "vector_bytes": VECTOR_BYTES,
         "threads": kernels.threads(),
         "gpu": _stdout("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
-        "gpu_unused_because": gpu_unused,
+        "gpu_unused_because": kernels.available("cuda"),
     }
 
 
@@ -368,7 +378,9 @@ def _digest(path: Path) -> str:
 
 
 def _source_hash(run: Run) -> str:
-    return hashlib.sha256((_digest(Path(__file__).parent) + _digest(Path(inspect.getfile(run)))).encode()).hexdigest()
+    """Hash all that numbers depend on besides a point: sources, Python, whose own text a task reads, and packages."""
+    parts = _digest(Path(__file__).parent), _digest(Path(inspect.getfile(run))), platform.python_version()
+    return hashlib.sha256(repr((*parts, _versions(NUMERICAL))).encode()).hexdigest()
 
 
 def _module_name(run: Run) -> str:
@@ -425,14 +437,16 @@ def _csv(table: Rows) -> str:
 def _measure(run: Run, point: Point, source: str) -> Outcome:
     try:
         if _source_hash(run) != source:
-            raise RuntimeError("this worker holds another version of rnnlab or of the study: update and restart it")
+            raise RuntimeError(
+                "this worker holds another version of rnnlab, of the study, of Python or of "
+                f"{', '.join(NUMERICAL)}: update and restart it"
+            )
         return _checked(run(json.loads(json.dumps(point))), point)
     except Exception as error:
         return _failure(error)
 
 
 def _measure_in_dask(run: Run, point: Point, source: str) -> Outcome:
-
     if "NUMBA_NUM_THREADS" not in os.environ:  # Dask itself limits the threads of OpenMP and BLAS only
         kernels.set_threads(1)
     return _measure(run, point, source)
@@ -449,16 +463,15 @@ def _start_worker() -> None:
 
 
 def _threads(jobs: int) -> int:
-
     return max(1, kernels.threads() // jobs)
 
 
 @contextlib.contextmanager
-def _pool(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
+def _pool(options: Options, workers: int) -> Iterator[Callable[..., Future[Outcome]]]:
     assert options.jobs is not None
-    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     # Workers start while points are submitted, and must find the limits before they import NumPy.
-    with mock.patch.dict(os.environ, dict.fromkeys(THREAD_LIMITS, str(_threads(options.jobs)))):
+    with mock.patch.dict(os.environ, thread_environment(_threads(options.jobs))):
         try:
             yield lambda *task, identity: pool.submit(_measure, *task)
         finally:
@@ -485,18 +498,33 @@ def _cluster(options: Options) -> Iterator[Callable[..., Future[Outcome]]]:
 def _outcomes(
     run: Run, points: dict[str, Point], source: str, options: Options
 ) -> Generator[tuple[str, Outcome], None, None]:
-    """Yield each point's id and outcome as they arrive: from this process, a pool of processes or a Dask cluster."""
+    """Yield each point's id and outcome as they arrive: from this process, a pool of processes or a Dask cluster.
+
+    A process that dies takes its pool along: what is left is measured one by one, so that no point fails for another.
+    """
     if options.jobs == 1 and not options.scheduler:
         for identity, point in points.items():
             yield identity, _measure(run, point, source)
         return
     if run.__module__ == "__main__":
         run = getattr(importlib.import_module(_module_name(run)), run.__name__)
-    with (_cluster if options.scheduler else _pool)(options) as submit:
-        futures = {submit(run, point, source, identity=identity): identity for identity, point in points.items()}
-        for future in as_completed(futures):
-            try:
-                outcome = future.result()
-            except Exception as error:  # the worker died, or could not import the study
-                outcome = _failure(error)
-            yield futures[future], outcome
+    todo, workers = dict(points), options.jobs or 1
+    while todo:
+        died: BrokenProcessPool | None = None
+        with _cluster(options) if options.scheduler else _pool(options, workers) as submit:
+            futures = {submit(run, point, source, identity=identity): identity for identity, point in todo.items()}
+            for future in as_completed(futures):
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool as error:
+                    died = error
+                    continue
+                except Exception as error:  # a worker of a cluster died, or could not import the study
+                    outcome = _failure(error)
+                del todo[futures[future]]
+                yield futures[future], outcome
+        if died and workers == 1:  # which was at work on the first of those that are left
+            identity = next(iter(todo))
+            del todo[identity]
+            yield identity, _failure(died)
+        workers = 1

@@ -93,9 +93,16 @@ def sample_task(
     return x, targets.reshape(shape if task.loss == "cross_entropy" else (*shape, task.output_size))
 
 
+def find_task(task: str | Task) -> Task:
+    """Return a task, one of `TASKS` by name or itself. Raises ValueError for another name, TypeError for neither."""
+    if not isinstance(task, str | Task):
+        raise TypeError(f"task must be a Task or the name of one, got {type(task).__name__}")
+    return TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+
+
 def synthetic(task: str | Task) -> Task:
-    """Return a synthetic task, one of `TASKS` by name or itself. Raises ValueError for one of given arrays."""
-    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    """Return a task as `find_task` does. Raises ValueError for one of given arrays too."""
+    task = find_task(task)
     if task.arrays:
         raise ValueError(f"task must be synthetic, got the given arrays of {task.name}")
     return task

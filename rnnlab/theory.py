@@ -67,9 +67,15 @@ def gate_exponents(net: Recurrent, x: Array) -> Floats:
 
 
 def linear_exponents(weight: ArrayLike) -> Floats:
-    """Return the exponents of h' = W h for a fixed W, descending: ln |μ_i| of its eigenvalues; ln g where W = g·Q."""
+    """Return the exponents of h' = W h for a fixed W, descending: ln |μ_i| of its eigenvalues; ln g where W = g·Q.
+
+    Raises ValueError for a weight that is not square or not finite.
+    """
+    matrix = _matrix(weight)
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"weight must be square, got shape {matrix.shape}")
     with np.errstate(divide="ignore"):
-        exponents: Floats = np.sort(np.log(np.abs(np.linalg.eigvals(np.asarray(weight, np.float64)))))[::-1]
+        exponents: Floats = np.sort(np.log(np.abs(np.linalg.eigvals(matrix))))[::-1]
     return exponents
 
 
@@ -77,9 +83,14 @@ def singular_value_bound(weight: ArrayLike, slope: float = 1.0) -> float:
     """Return ln(γ σ_max(W)), which the log-norm of dL/dh_t of an RNN rises by per step of lag at most.
 
     γ bounds the slope of its nonlinearity: 1 for tanh and relu, ¼ for sigmoid (Pascanu, Mikolov & Bengio 2013).
-    The largest singular value bounds; the spectral radius does not.
+    The largest singular value bounds; the spectral radius does not. Raises ValueError for a weight that is not a
+    finite matrix, and a negative or infinite slope.
     """
-    return _log(check_number("slope", slope, 0, math.inf) * float(np.linalg.norm(np.asarray(weight, np.float64), 2)))
+    return _log(check_number("slope", slope, 0, math.inf) * float(np.linalg.norm(_matrix(weight), 2)))
+
+
+def _matrix(weight: ArrayLike) -> Floats:
+    return check_array("weight", np.asarray(weight, np.float64), ("rows", "columns"), np.dtype(np.float64))
 
 
 # Mean field of the tanh RNN -----------------------------------------------------------------------------------------
@@ -108,7 +119,7 @@ def tanh_rate(gain: float, input_variance: float = 0.0) -> float:
     et al. 2017, for deep networks). Raises as `tanh_variance`.
     """
     slope = _mean(lambda a: (1 - np.tanh(a) ** 2) ** 2, tanh_variance(gain, input_variance))
-    return 0.5 * _log(gain**2 * slope)
+    return _log(gain) + 0.5 * _log(slope)
 
 
 def tanh_mean_exponent(gain: float, input_variance: float = 0.0) -> float:
@@ -127,10 +138,11 @@ def tanh_gradient(gain: float, fields: Floats, mean_square: float = 0.0) -> Floa
     fields (T, N): W_ih x_t + b_ih + b_hh, what every unit receives at every step besides W_hh h_{t−1}; mean_square: of
     h_0. χ_t = g² ⟨tanh'²⟩ over Gaussian recurrent fields, of the variance that the step before leaves, and over the
     units: also inputs that are shared by all units or correlated in time, and transients. W_hh may be gaussian or,
-    g·Q, orthogonal.
+    g·Q, orthogonal. Raises ValueError for a negative gain or mean_square, and fields that are not finite.
     """
     g2, growth = check_number("gain", gain, 0, math.inf) ** 2, []
-    for field in fields:
+    mean_square = check_number("mean_square", mean_square, 0, math.inf)
+    for field in check_array("fields", np.asarray(fields, np.float64), ("T", "N"), np.dtype(np.float64)):
         slope = _mean(lambda a: (1 - np.tanh(a) ** 2) ** 2, g2 * mean_square, field)
         mean_square = _mean(lambda a: np.tanh(a) ** 2, g2 * mean_square, field)
         growth.append(0.5 * _log(g2 * slope))

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .checks import check_array, check_choice, check_integer, check_lengths, check_number, generator
+from .checks import check_array, check_integer, check_lengths, check_number, generator
 from .clipping import ByPercentile, ClippingRule, new_history
 from .kernels import cpu
 from .kernels import step as steps_of
@@ -27,9 +27,9 @@ from .model import LAST, SequenceModel
 from .optim import Optimiser
 from .params import Params
 from .rnn import past_end
-from .tasks import TASKS, Task, check_steps, sample_task, synthetic, target_rows
+from .tasks import Task, check_steps, find_task, sample_task, synthetic, target_rows
 
-__all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train"]
+__all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train", "until_solved"]
 
 Array = NDArray[Any]
 Row = dict[str, Any]
@@ -61,7 +61,8 @@ class TrainingStep:
     these, each with a model of its own, run side by side in threads.
 
     Raises ValueError for a model of several layers, of both directions, with dropout, on a GPU or of a topology that
-    reads its own outputs, and for `omega` with another cell or with a rule that acts within BPTT.
+    reads its own outputs, and for `omega` with another cell or with a rule that acts within BPTT; TypeError for what is
+    no model, optimiser or rule. It is not copied: addresses of its memory are bound into it.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class TrainingStep:
         *,
         omega: float = 0.0,
     ) -> None:
-        net = model.rnn
+        net = _checked(model).rnn
         if net.device != "cpu":
             raise ValueError(f"model must be on the CPU, got {net!r}")
         self.steps, self.batch = check_integer("steps", steps), check_integer("batch", batch)
@@ -111,6 +112,9 @@ class TrainingStep:
         update = bind(optimiser.kernel, weights, flat, self.state, moved, optimiser.settings)
         self._batch = Bound(), Bound()
         self._parts, self._clipped = (gradients, regularise, clipping, update, exact, comparison), clipped
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} is not copied: make one of the copied model")
 
     def _check(self, inside: bool) -> None:
         """Raise ValueError for a model that it cannot take; `inside`: with a rule or regulariser within BPTT."""
@@ -253,12 +257,12 @@ class TrainingLog:
     def to_frame(self) -> pd.DataFrame:
         """Return one row a measurement, the first before any update.
 
-        Columns: update and sequences (so many were seen); loss, the mean over the updates since the last row; norm,
-        clipped_norm, cosine and omega of the last update (Ω, NaN where it is not asked for; within BPTT the first and
-        third cost a second backward pass); updates_clipped and elements_clipped, shares since the last row; skipped,
-        updates that moved nothing so far, and not_finite, the first parameter whose gradient was not finite in the last
-        of them ("norm": only their norm); spectral_radius of the first layer's W_hh, of each gate's block where there
-        are several; evaluation; and what `measure` names.
+        Columns: update and sequences (so many were seen); loss, the mean over those since the last row that moved;
+        norm, clipped_norm, cosine and omega of the last update (Ω, NaN where it is not asked for; within BPTT the first
+        and third cost a second backward pass); updates_clipped and elements_clipped, shares since the last row;
+        skipped, updates that moved nothing so far, and not_finite, the first parameter whose gradient was not finite in
+        the last of them ("norm": only their norm); spectral_radius of the first layer's W_hh, of each gate's block
+        where there are several; evaluation; and what `measure` names.
         """
         return pd.DataFrame(self.rows)
 
@@ -294,9 +298,10 @@ def train(
     with the same bits.
 
     A network that diverges is an outcome of the log. Raises ValueError for a model that does not fit the task, a
-    checkpoint of other settings or with dropout and sizes out of range; TypeError for a data set of another dtype.
+    checkpoint of other settings or with dropout and sizes out of range; TypeError for a data set of another dtype and
+    for what is no model or task.
     """
-    task = TASKS[check_choice("task", task, TASKS)] if isinstance(task, str) else task
+    task = find_task(task)
     span = _check_task(model, task, length)
     points = _points(check_integer("updates", updates), check_integer("log", log), evaluate_every)
     if checkpoint is not None and model.rnn.dropout:
@@ -349,8 +354,29 @@ def error_rate(model: SequenceModel, task: str | Task, length: int, *, sequences
     return wrong / sequences
 
 
+def until_solved(model: SequenceModel, task: str | Task, length: int, *, seed: int = 0) -> Callable[[Row], bool]:
+    """Return a `stop` of `train`: whether so few fresh sequences of a synthetic task are wrong that it is solved.
+
+    That is measured where the loss is under half of that without learning.
+    """
+    task = synthetic(task)
+
+    def solved(row: Row) -> bool:
+        learned = row["loss"] < task.baseline(length) / 2
+        return learned and error_rate(model, task, length, seed=seed) < task.wrong_allowed
+
+    return solved
+
+
+def _checked(model: Any) -> SequenceModel:
+    if not isinstance(model, SequenceModel):
+        raise TypeError(f"model must be a SequenceModel, got {type(model).__name__}")
+    return model
+
+
 def _check_task(model: SequenceModel, task: Task, length: Any) -> tuple[int, int]:
     """Return the least and largest number of steps."""
+    _checked(model)
     for name, got, wanted in (
         ("input_size", model.rnn.input_size, task.input_size),
         ("output_size", model.output_size, task.output_size),
@@ -365,7 +391,7 @@ def _check_task(model: SequenceModel, task: Task, length: Any) -> tuple[int, int
         if length is not None:
             raise ValueError(f"length belongs to synthetic tasks, got {length!r} for {task.name}")
         return len(task.arrays[0]), len(task.arrays[0])
-    low, high = length if isinstance(length, tuple) else (length, length)
+    low, high = length if isinstance(length, tuple) and len(length) == 2 else (length, length)
     span = check_steps(task, low), check_steps(task, high)
     if span[0] > span[1]:
         raise ValueError(f"length must begin with the least one, got {length!r}")

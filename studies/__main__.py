@@ -39,7 +39,9 @@ def main(names: tuple[str, ...], listing: bool, **values: Any) -> None:
         click.echo("\n".join(f"{study.name}  {study.headline}" for study in chosen), nl=bool(chosen))
         return
     options = Options(**values)
-    if not names and (others := [study.name for study in chosen if options.device not in study.devices]):
+    if others := [study.name for study in chosen if options.device not in study.devices]:
+        if names:
+            raise click.UsageError(f"not on {options.device}: {', '.join(others)}")
         click.echo(f"left out, as they do not run on {options.device}: {', '.join(others)}", err=True)
         chosen = [study for study in chosen if study.name not in others]
     parent = options.out or Path("results")

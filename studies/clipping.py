@@ -9,7 +9,7 @@ orders of magnitude. Every rule is swept over thresholds and learning rates, for
   learning rate that works, and save some networks at ten times that. A network that diverges has not solved the task;
 - turned: by global norm the cosine is 1 for each batch. But descent follows the mean over batches, and a rule that
   shortens long gradients more than short ones turns that mean too (bias), if little; rules within BPTT turn it most;
-- norms: the median before and after, on the same batches of the same half-trained networks: under the line is clipped;
+- norms: the median before and after, on the same batches of the same half-trained networks: apart where a rule clips;
 - what is removed of the energy of each lag's share of dL/dW_ih and dL/db_ih: rules for the whole gradient take nearly
   the same from every lag; per time step and at pre-activations they take what grew on its way back, and more of it the
   longer the lag.
@@ -28,7 +28,7 @@ from rnnlab.plots import PALETTE, caption, intervals, panels, tiles
 from rnnlab.statistics import bootstrap, columns, wilson
 from rnnlab.study import Study, side_by_side
 from rnnlab.tasks import TASKS, sample_task
-from rnnlab.training import error_rate, train
+from rnnlab.training import train, until_solved
 
 #: Each rule and its thresholds, from one that acts often to one that seldom does.
 RULES: dict[str, tuple[type[rules.ClippingRule], tuple[float, ...]]] = {
@@ -70,12 +70,10 @@ def learn(point: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train one network until it solves the task or the updates are spent, and return what became of it."""
     model, length, rule = network(point, seed), point["length"], point["rule"]
 
-    def solved(row: dict[str, Any]) -> bool:
-        return row["loss"] < TASK.baseline(length) / 2 and error_rate(model, TASK, length, seed=seed) < 0.01
-
     optimiser = OPTIMISERS[point["optimiser"]][0](point["learning_rate"])
     clip = None if rule == "none" else RULES[rule][0](point["threshold"])
     given: Any = {"length": length, "batch": BATCH, "updates": point["updates"], "seed": seed}
+    solved = until_solved(model, TASK, length, seed=seed)
     log = train(model, TASK, optimiser, clip=clip, evaluate_every=250, stop=solved, **given)
     last, rows = log.rows[-1], log.to_frame()
     moved = (rows["update"] - rows["skipped"]).diff()

@@ -11,7 +11,7 @@ look for:
 - the roofline says what is possible: the product's FLOPs at the measured peak, the bytes that must move at the measured
   bandwidth. Points below it are bound by something else, which is what a kernel's author wants to know.
 
-Inputs and results lie in the memory of the device. On a machine without a GPU the figure shows the CPU alone.
+Both devices are measured, each with inputs and results in its own memory; without a GPU the figure shows the CPU alone.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rnnlab.compare import compare, crossing
-from rnnlab.costs import Shape
+from rnnlab.costs import SCOPES, Shape
 from rnnlab.kernels import available
 from rnnlab.peers import Problem
 from rnnlab.plots import caption, curves, panels, roofline
-from rnnlab.study import Study
+from rnnlab.study import Study, records
 
 CELLS = ("rnn_tanh", "lstm", "gru")
 BASE = {"steps": 100, "batch": 32, "hidden_size": 128}
@@ -41,7 +41,7 @@ def grid(quick: bool) -> list[dict[str, Any]]:
         {"cell": cell, "sweep": sweep, "sizes": sizes[:5] if quick else sizes, "scope": scope, "seconds": seconds}
         for cell in CELLS
         for sweep, sizes in SWEEPS.items()
-        for scope in ("forward", "training")
+        for scope in SCOPES
     ]
 
 
@@ -62,19 +62,18 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         frame[f"{name}step_microseconds"] = 1e3 * frame[f"{name}milliseconds"] / frame["steps"]
     wanted = ["kind", "size", "step_microseconds", "low_step_microseconds", "high_step_microseconds", "flops_per_byte"]
     wanted += ["gflops_per_second", "peak_gflops_per_second", "bandwidth_gbytes_per_second", "roofline_share"]
-    records: Any = frame.rename(columns={"device": "measured_on"})[["measured_on", *wanted]].to_dict("records")
+    rows = records(frame.rename(columns={"device": "measured_on"})[["measured_on", *wanted]])
     times = frame.pivot(index="size", columns="device", values="step_microseconds")
     if "cuda" in times:
         size, step = crossing(times.index, times["cpu"], times["cuda"])
-        records.append({"measured_on": "both", "kind": "crossing", "size": size, "step_microseconds": step})
-    rows: list[dict[str, Any]] = records
+        rows.append({"measured_on": "both", "kind": "crossing", "size": size, "step_microseconds": step})
     return rows
 
 
 def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = panels(2, 4, (19, 9))
     times, crossings = frame[frame["kind"] == "time"], frame[frame["kind"] == "crossing"]
-    for row, scope in enumerate(("forward", "training")):
+    for row, scope in enumerate(SCOPES):
         for column, sweep in enumerate(SWEEPS):
             ax = axes[4 * row + column]
             here = (times["scope"] == scope) & (times["sweep"] == sweep)

@@ -28,7 +28,7 @@ from rnnlab.clipping import ByNorm
 from rnnlab.params import Params
 from rnnlab.plots import PALETTE, caption, panels, plane, relief, shares
 from rnnlab.statistics import columns, wilson
-from rnnlab.study import Study
+from rnnlab.study import Study, records
 
 Floats = NDArray[Any]
 
@@ -116,15 +116,14 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
             paths = descend(rng.uniform(4.3, WEIGHTS[1], n), rng.uniform(BIASES[0], -1.0, n), *how)
             solved = paths["loss"][paths["step"] == point["steps"]] < 0.04**2
             frame = pd.DataFrame([columns("success", wilson(int(solved.sum()), n))])
-    records: Any = frame.to_dict("records")
-    rows: list[dict[str, Any]] = records
-    return rows
+    return records(frame)
 
 
 def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = panels(2, 3, (18, 10))
     parts = {part: rows.dropna(axis="columns", how="all") for part, rows in frame.groupby("part", sort=False)}
-    hills, edge, starts = parts["surface"], parts["wall"], parts["starts"]
+    hills, edge, starts, paths = (parts[name] for name in ("surface", "wall", "starts", "path"))
+    threshold = paths["threshold"].max()
     where = {"x": "weight", "y": "bias"}
     plane(axes[0], hills, **where, colour="loss_decades", label="log10 of the error")
     plane(axes[2], hills, **where, colour="norm_decades", label="log10 of the gradient's norm")
@@ -132,9 +131,9 @@ def plot(frame: pd.DataFrame) -> Figure:
     some = [sorted(hills[name].unique())[5::10] for name in ("weight", "bias")]
     arrows = hills[hills["weight"].isin(some[0]) & hills["bias"].isin(some[1])]
     axes[0].quiver(*(arrows[name] for name in ("weight", "bias", "down_weight", "down_bias")), color="w", width=0.002)
-    for (free, number), line in parts["path"].groupby([parts["path"]["threshold"].isna(), "path"]):
+    for (free, number), line in paths.groupby([paths["threshold"].isna(), "path"]):
         look: Any = {"color": PALETTE[3] if free else "k", "linewidth": 0.8, "marker": ".", "markersize": 3}
-        name = None if number else "not clipped" if free else "clipped at 1"
+        name = None if number else "not clipped" if free else f"clipped at {threshold:g}"
         inside = line[line["weight"].between(*WEIGHTS) & line["bias"].between(*BIASES)]
         axes[0].plot(line["weight"], line["bias"], label=name, **look)
         if number == 0:
@@ -155,10 +154,10 @@ def plot(frame: pd.DataFrame) -> Figure:
     for ax in (axes[0], axes[3], axes[4]):
         ax.legend(fontsize=8)
     setting = (
-        "one sigmoid unit, T = {T}, x₀ = 0.5, target {target}; paths: learning rate 0.5, 200 steps; solved: {starts} "
-        "random starts, {budget} steps, 95 % Wilson intervals; {dtype}, seed {seed}"
-    ).format(
-        T=STEPS, target=TARGET, starts=int(starts["size"].iloc[0]), budget=int(starts["steps"].iloc[0]), **frame.iloc[0]
+        f"one sigmoid unit, T = {STEPS}, x₀ = 0.5, target {TARGET}; paths: learning rate "
+        f"{paths['learning_rate'].iloc[0]:g}, {paths['steps'].iloc[0]:.0f} steps; solved: {starts['size'].iloc[0]:.0f} "
+        f"random starts, {starts['steps'].iloc[0]:.0f} steps, 95 % Wilson intervals; {frame['dtype'].iloc[0]}, "
+        f"seed {frame['seed'].iloc[0]}"
     )
     caption(figure, "The walls of a recurrent network's error, and clipping", setting)
     return figure

@@ -39,7 +39,7 @@ from rnnlab.datasets import SAMPLERS, sample
 from rnnlab.gradients import decay, lag_profile
 from rnnlab.optim import Adam
 from rnnlab.plots import banded_lines, caption, decades, dots, fit_table, panels
-from rnnlab.study import Study
+from rnnlab.study import Study, records
 from rnnlab.tasks import dataset
 from rnnlab.theory import resting_gradient, tanh_gradient
 from rnnlab.training import train
@@ -92,8 +92,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         profile = lag_profile(np.concatenate(norms))
         if state == model.rnn.cell.states[-1] and point["initialiser"] != "trained":
             profile["theory_decades"] = np.median(theories, axis=0)[profile["lag_steps"]] / np.log(10)
-        records: Any = profile.to_dict("records")
-        rows += [{"state": state, "kind": "curve", **record} for record in records]
+        rows += [{"state": state, "kind": "curve", **row} for row in records(profile)]
     return rows
 
 
@@ -102,7 +101,9 @@ def build(point: dict[str, Any], seed: int) -> SequenceModel:
     rnn = Recurrent(point["cell"], 1, point["hidden_size"], dtype=point["dtype"], device=point["device"])
     rnn.initialise(*INITIALISERS[point["initialiser"]][0], forget_bias=point["forget_bias"], seed=seed)
     model = SequenceModel(rnn, outputs, "many_to_one", loss, seed=seed)
-    if point["initialiser"] == "trained":
+    if point["initialiser"] == "trained" and point["device"] != "cpu":
+        model.params.flat[:] = build(point | {"device": "cpu"}, seed).params.flat  # networks are trained on the CPU
+    elif point["initialiser"] == "trained":
         x, targets = sample(point["input"], STEPS, STREAMS, seed=seed, dtype=point["dtype"])
         digits = dataset(x, targets, output_size=outputs)
         train(model, digits, Adam(LEARNING_RATE), batch=BATCH, updates=point["updates"], seed=seed)

@@ -6,7 +6,8 @@ the LSTM; the GRU then has three quarters of its parameters), equal parameters (
 have as many numbers as the LSTM, or next below), and equal time (networks of equal parameters take as many updates as
 fit into the seconds that the LSTM needs for its own; seconds an update are measured in turns with the LSTM's). Every
 cell tries the same learning rates with one spare network, and trains all others at the one that was best in validation
-at the LSTM's number of updates; what counts is the test part, at the best of eight validations within the budget.
+at the LSTM's number of updates; what counts is the test part, at the best of nine validations, before training and
+after each eighth of the budget.
 
 Skill is the share of the error of a prediction without learning that a network removes: 0 is no better, 1 perfect (of
 accuracies the error is the share of wrong answers, of symbols bits, of forecasts the squared error). What to look for:
@@ -141,17 +142,11 @@ def plot(frame: pd.DataFrame) -> Figure:
     )
     axes[1].set(title="every cell at equal parameters", xlabel="skill: share of the baseline's error removed")
     curves = frame[(frame["kind"] == "curve") & (frame["sizes"] == "parameters")]
+    band: dict[str, Any] = {"y": "skill", "low": "low_skill", "high": "high_skill", "title": "cell, task"}
     for row, task in ((0, "character_model"), (1, "adding")):
         for column, x in ((2, "update"), (3, "seconds")):
             ax, part = axes[4 * row + column], curves[curves["task"] == task]
-            line: dict[str, Any] = {
-                "x": x,
-                "y": "skill",
-                "low": "low_skill",
-                "high": "high_skill",
-                "title": "cell, task",
-            }
-            banded_lines(ax, part, hue="cell", hue_order=CELLS, style="task", dashes={task: "-"}, **line)
+            banded_lines(ax, part, x=x, hue="cell", hue_order=CELLS, style="task", dashes={task: "-"}, **band)
             label = "updates" if x == "update" else "training time [s]"
             ax.set(title=f"{task}, equal parameters", xlabel=label, ylabel="skill in validation")
             ax.set_ylim(-0.1, max(0.1, 1.1 * part["high_skill"].max()))
@@ -179,14 +174,10 @@ def plot(frame: pd.DataFrame) -> Figure:
 
 def draw_verdicts(ax: Axes, table: Axes, said: pd.DataFrame) -> None:
     tasks, name = list(said["task"].unique()), "gru_less_lstm"
-    wide = said.pivot(index="task", columns="contest", values=[f"{end}{name}" for end in ("", "low_", "high_")]).loc[
-        tasks
-    ]
-    cells = said.assign(
-        text=said["winner"].where(
-            said["winner"] == "no difference", said["winner"] + " by " + said[name].abs().map("{:.3f}".format)
-        )
-    )
+    ends = [f"{end}{name}" for end in ("", "low_", "high_")]
+    wide = said.pivot(index="task", columns="contest", values=ends).loc[tasks]
+    by = said["winner"] + " by " + said[name].abs().map("{:.3f}".format)
+    cells = said.assign(text=said["winner"].where(said["winner"] == "no difference", by))
     wide.columns = pd.Index([f"{key[0].removesuffix(name)}{CONTESTS[key[1]]}" for key in wide.columns])
     intervals(ax, wide.reset_index(), rows=("task",), values=tuple(CONTESTS.values()))
     ax.axvline(0, color="k", linewidth=1)
@@ -209,13 +200,8 @@ def draw_costs(time: Axes, size: Axes, ax: Axes, mean: pd.DataFrame) -> None:
     kinds |= {"bytes_ratio": "memory of training", "parameters_ratio": "parameters"}
     costs = mean[mean["contest"] == "parameters"].melt("cell", list(kinds), "cost", "ratio").replace({"cost": kinds})
     bars(ax, costs, y="cost", x="ratio", hue="cell", unit=1)
-    ax.set(
-        xlabel="ratio to the LSTM's, mean over tasks",
-        ylabel="",
-        title="costs at equal parameters",
-        xscale="linear",
-        xlim=(0, 2),
-    )
+    ax.set(title="costs at equal parameters", xlabel="ratio to the LSTM's, geometric mean over tasks", ylabel="")
+    ax.set_xlim(0, 2)
 
 
 study = Study(

@@ -4,12 +4,12 @@ The gate that keeps the memory (f, z of a GRU) starts at σ(b): b = 0 forgets by
 (Jozefowicz, Zaremba & Sutskever 2015), "chrono" draws b so that the units' time scales spread up to the length of the
 sequence (Tallec & Ollivier 2018). What to look for:
 
-- survival: what is left of a perturbation of c (solid) or of h (dashed) in the same state, a lag later: root mean
-  square over directions, median and 10–90 % over networks and sequences. Dashed black is ln σ(b) a step, the gate's own
-  forgetting, and theory for W_hh = 0; dots are theory for a random W_hh at rest (of dL/dc, its mirror image). What lies
-  above the dashed line lives on recurrent weights, and what rises is unstable (dots far above: at rest it would be
-  more so, but the network leaves rest and saturates). c and h have different units: in the LSTM both end up parallel,
-  for what is left of either lives in c; with "chrono" slow units take over from fast ones;
+- survival: what is left of a perturbation of c (solid) or of h (dashed; GRU: solid) in the same state, a lag later:
+  root mean square over directions, median and 10–90 % over networks and sequences. Dashed black is ln σ(b) a step, the
+  gate's own forgetting, and theory for W_hh = 0; dots are theory for a random W_hh at rest (of dL/dc, its mirror
+  image). What lies above the dashed line lives on recurrent weights, and what rises is unstable (dots far above: at
+  rest it would be more so, but the network leaves rest and saturates). c and h have different units: in the LSTM both
+  end up parallel, for what is left of either lives in c; with "chrono" slow units take over from fast ones;
 - time scale −1/⟨ln f⟩ of every unit: dots where theory is −1/ln σ(b). The input moves the pre-activation to both
   sides, and closing costs more than opening gains (ln σ is concave): units lie below the theory;
 - share along the memory: ⟨part, total⟩ / ‖total‖² of dL/dc (GRU: dL/dh) for a loss at the last step, where the part
@@ -31,7 +31,7 @@ from rnnlab.datasets import sample
 from rnnlab.gradients import lag_profile
 from rnnlab.memory import gate_statistics, memory_path, survival
 from rnnlab.plots import PALETTE, banded_lines, caption, decades, dots, panels
-from rnnlab.study import Study
+from rnnlab.study import Study, records
 from rnnlab.theory import forget_gate_rate, resting_gradient
 
 CELLS = {"lstm": "f", "gru": "z"}
@@ -72,9 +72,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         frame["gate_decades"], frame["theory_steps"] = frame["lag_steps"] * rate / np.log(10), -1 / rate
         resting = resting_gradient(point["cell"], 1.0, length, float(point["bias"])) / np.log(10)
         frame["theory_decades"] = frame["lag_steps"].map(dict(enumerate(resting)))
-    records: Any = frame.to_dict("records")
-    result: list[dict[str, Any]] = records
-    return result
+    return records(frame)
 
 
 def plot(frame: pd.DataFrame) -> Figure:

@@ -34,7 +34,7 @@ from rnnlab.plots import PALETTE, caption, panels, shares
 from rnnlab.statistics import columns, wilson
 from rnnlab.study import Study, side_by_side
 from rnnlab.tasks import TASKS
-from rnnlab.training import error_rate, train
+from rnnlab.training import error_rate, train, until_solved
 
 #: Cell and standard deviation of each initialisation.
 INITS = {"tanh": ("rnn_tanh", 0.1), "smart tanh": ("rnn_tanh", 0.01), "sigmoid": ("rnn_sigmoid", 0.01)}
@@ -88,9 +88,6 @@ def learn(point: dict[str, Any], seed: int) -> tuple[dict[str, Any], list[dict[s
         model = SequenceModel(net, task.output_size, task.topology, task.loss, seed=seed)
         clips, omega = True, 0.0
 
-    def solved(row: dict[str, Any]) -> bool:
-        return row["loss"] < task.baseline(length) / 2 and error_rate(model, task, length, seed=seed) < 0.01
-
     log = train(
         model,
         task,
@@ -102,7 +99,7 @@ def learn(point: dict[str, Any], seed: int) -> tuple[dict[str, Any], list[dict[s
         omega=omega,
         seed=seed,
         evaluate_every=500,
-        stop=solved,
+        stop=until_solved(model, task, length, seed=seed),
     )
     last = log.rows[-1]
     wrong = error_rate(model, task, length, seed=seed)

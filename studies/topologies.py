@@ -28,10 +28,10 @@ from matplotlib.figure import Figure
 from rnnlab import Recurrent, SequenceModel
 from rnnlab.gradients import log_norm
 from rnnlab.plots import banded_lines, caption, decades, panels
-from rnnlab.study import Study
+from rnnlab.study import Study, records
 
 CELLS = ("rnn_tanh", "gru", "lstm")
-#: Arrangements: topology, layers, both directions, targets fed back, and how the curves of its parts are drawn.
+#: Arrangements: topology, layers, both directions, targets fed back.
 ARRANGEMENTS: dict[str, tuple[str, int, bool, bool]] = {
     "one to one": ("one_to_one", 1, False, False),
     "one to many": ("one_to_many", 1, False, False),
@@ -43,15 +43,9 @@ ARRANGEMENTS: dict[str, tuple[str, int, bool, bool]] = {
     "stacked, many to one": ("many_to_one", 3, False, False),
 }
 PANELS = [name for name in ARRANGEMENTS if "teacher" not in name]
-DASHES = {
-    "layer 1": "-",
-    "layer 2": "--",
-    "layer 3": ":",
-    "forward": "-",
-    "reverse": "--",
-    "decoder": "--",
-    "teacher": "--",
-}
+#: How the curves of their parts are drawn.
+DASHES = {"layer 1": "-", "layer 2": "--", "layer 3": ":", "forward": "-"}
+DASHES |= dict.fromkeys(("reverse", "decoder", "teacher"), "--")
 
 
 def grid(quick: bool) -> list[dict[str, Any]]:
@@ -91,9 +85,7 @@ def run(point: dict[str, Any]) -> list[dict[str, Any]]:
         values = {"norm_decades": median, "norm_low_decades": low, "norm_high_decades": high}
         frame = pd.DataFrame({"quantity": quantity, "curve": curve, "step": start + np.arange(len(median)), **values})
         rows.append(frame)
-    records: Any = pd.concat(rows).to_dict("records")
-    result: list[dict[str, Any]] = records
-    return result
+    return records(pd.concat(rows))
 
 
 def plot(frame: pd.DataFrame) -> Figure:

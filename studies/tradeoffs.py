@@ -13,7 +13,8 @@ the LSTM of the same turn; forward is inference, training is forward and BPTT wi
 - memory is that of the parameters with their gradients and of what BPTT keeps of each step: six numbers a unit for the
   GRU and eight for the LSTM, three quarters again; one more where the GRU resets before the product.
 
-Ratios to the cell with the same hidden size: at equal parameters a GRU has more units, and this advantage is gone.
+All devices of the machine are measured. Ratios are to the LSTM with the same hidden size: at equal parameters a GRU has
+more units, and this advantage is gone.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rnnlab.cells import CELLS
-from rnnlab.costs import Shape, arithmetic, memory, parameters
+from rnnlab.costs import SCOPES, Shape, arithmetic, memory, parameters
 from rnnlab.kernels import available
 from rnnlab.peers import Problem, prepare_rnnlab
 from rnnlab.plots import bars, caption, curves, panels
@@ -36,7 +37,6 @@ SWEEPS = {
     "batch": [1, 2, 4, 8, 16, 32, 64, 128],
     "steps": [10, 30, 100, 300, 1000],
 }
-SCOPES = ("forward", "training")
 COUNTS = {"parameters": "parameters", "flops": "FLOPs of training", "bytes": "memory of training"}
 
 
@@ -110,7 +110,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     for row, (name, title) in enumerate(COUNTS.items()):
         ax = axes[4 * row + 3]
         bars(ax, base, y="cell", x=f"{name}_ratio", hue="cell", unit=0.75)
-        ax.set(xlabel="ratio to the LSTM's", ylabel="", title=title, xscale="linear")
+        ax.set(xlabel="ratio to the LSTM's", ylabel="", title=title)
     fixed = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in BASE.items())
     devices, (dtype, seed) = " and ".join(sorted(set(frame["measured_on"]))), frame[["dtype", "seed"]].iloc[0]
     text = (

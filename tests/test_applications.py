@@ -127,7 +127,7 @@ def test_french_belongs_to_the_english():
 
 
 def test_digits_bounce_within_the_frame():
-    data, images = loaded("moving_images", "float64"), digit_images().values
+    data, images = loaded("moving_images", "float64"), digit_images()[0]
     frames = data.train.x * 1.0
     frames -= frames.min()
     frames = frames.reshape(20, -1, 12, 12)

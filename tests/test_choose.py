@@ -1,5 +1,6 @@
 """The choice of a cell: sizes that budgets allow, times that follow a law, and what is said about it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_budget_of_time_is_met_and_ranked_by_parameters(law):
         assert row.milliseconds <= 101
 
 
+def test_one_to_one_is_of_one_step(law):
+    job = dataclasses.replace(JOB, topology="one_to_one")
+    assert "for one sequence of 1 steps takes" in choose.words(job, choose.choose(job, CELLS, most_parameters=1000))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="dtype must be one of float32, float64, got 'foo'"):
+        dataclasses.replace(JOB, dtype="foo")
+    with pytest.raises(ValueError, match="cells must name at least one cell, got none"):
+        choose.choose(JOB, (), most_parameters=100)
+
+
 def test_evidence_ranks_and_speaks(law, tmp_path, monkeypatch):
     file = tmp_path / "evidence.csv"
     monkeypatch.setattr(choose, "EVIDENCE", file)
@@ -130,7 +143,7 @@ def test_command_prints_a_ranked_table(law):
     [
         ([], "takes most_parameters or most_seconds, got None and None"),
         (["--params", "9", "--budget-ms", "1"], "takes most_parameters or most_seconds, got 9 and 0.001"),
-        (["--params", "9"], "budget must be at least 17, the cost of 1 hidden units, got 9"),
+        (["--params", "9"], "most_parameters must be at least 17, the cost of 1 hidden units, got 9"),
         (["--params", "99", "--task-like", "some"], "topology must be one of one_to_one"),
         (["--params", "99", "--task-like", "one_to_many"], "output_size must equal the input_size 12"),
         (["--params", "99", "--cells", "gru,elman"], "'elman' is not one of rnn_tanh"),

@@ -37,6 +37,16 @@ def test_info_explains_how_a_gpu_would_be_used():
         assert told in done.stderr
 
 
+def test_info_names_what_it_cannot_plan():
+    for words, told in (
+        (["--plan", "lstm,1,1,1,100000"], "no kernel of tier A or B or C fits lstm"),
+        (["--plan", "lstm,1,1,1,8", "--json"], "--json and --plan exclude each other"),
+    ):
+        done = CliRunner().invoke(main, ["info", *words])
+        assert done.exit_code == 2
+        assert told in " ".join(done.stderr.split())
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The calls of `cpu.warmup`, which compiles nothing here."""

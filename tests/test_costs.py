@@ -141,7 +141,7 @@ def test_readout_by_hand():
     forward = memory(plain, scope="forward")
     assert forward.parameters == 4 * parameters(plain)
     assert forward.kept == 4 * 8 * 3 * 5  # the states of all steps and the first
-    with pytest.raises(ValueError, match="output_size must be an integer of at least 1, got -1"):
+    with pytest.raises(ValueError, match="output_size must be an integer of at least 0, got -1"):
         Shape("lstm", 1, 1, 1, 1, output_size=-1)
 
 
@@ -164,6 +164,14 @@ def test_largest_ends():
     assert largest(float, 100.5, most=100) == 100
     assert largest(float, 1e9, most=100) == 100
     assert largest(float, 1e9, step=16, most=100) == 96
+
+
+def test_bad_flags_and_biases_are_named():
+    with pytest.raises(TypeError, match="bidirectional must be True or False, got 'no'"):
+        Shape("gru", 1, 1, 1, 1, bidirectional="no")
+    for biases in (3, -1):
+        with pytest.raises(ValueError, match=f"biases must be an integer in 0…2, got {biases}"):
+            parameters(Shape("gru", 1, 1, 1, 1), biases)
 
 
 def test_bad_layout_is_named():

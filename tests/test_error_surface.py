@@ -84,6 +84,6 @@ def test_figure_has_a_surface_and_names_its_setting(frame):
     figure = error_surface.plot(frame)
     assert sum(ax.name == "3d" for ax in figure.axes) == 1
     assert "float64" in figure.get_supxlabel()
-    assert "16 random starts" in figure.get_supxlabel()
+    assert "learning rate 0.5, 60 steps; solved: 16 random starts, 100 steps" in figure.get_supxlabel()
     labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes if ax.get_title() == "what clipping does"]
     assert labels == [("step of descent", "length of the step")]

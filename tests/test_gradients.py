@@ -167,7 +167,8 @@ def test_decay_recovers_a_slope_after_its_transient():
     assert fit.rate_low < fit.rate < fit.rate_high
     assert fit.rate == pytest.approx(-0.2, abs=1e-3)  # the transient has died out, noise of 0.1 over 160 lags remains
     assert fit.half_life == pytest.approx(math.log(2) / -fit.rate)
-    assert fit.half_life_low < fit.half_life < fit.half_life_high
+    row = fit.to_row()
+    assert row["half_life_low_steps"] < row["half_life_steps"] == fit.half_life < row["half_life_high_steps"]
     assert decay(curves, transient=0).rate < fit.rate
     assert decay(curves, seed=1).rate_low == pytest.approx(fit.rate_low, abs=1e-3)
 
@@ -236,6 +237,8 @@ def test_one_sample_has_no_interval():
 
 def test_horizon_beyond_the_sequence_is_infinite():
     assert decay(np.zeros((2, 10))).horizon == math.inf
+    short = np.where(np.arange(201) > 60, np.nan, np.zeros((7, 201)))  # most sequences end at lag 60
+    assert decay(short).horizon == math.inf
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_bad_input_is_named(change, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("c",), "quantity must be one of h, got 'c'"), (("h", 1), "k must be a layer-direction in 0…0, got 1")],
+    [(("c",), "quantity must be one of h, got 'c'"), (("h", 1), "k must be an integer in 0…0, got 1")],
 )
 def test_what_the_network_does_not_have_is_named(arguments, message):
     flow = rnnlab.gradient_flow(build("gru"), np.zeros((4, 2, 3)), np.ones((2, 2)))
@@ -277,7 +280,14 @@ def test_topologies_that_read_their_outputs_are_refused():
     ],
 )
 def test_bad_fit_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        decay(np.zeros((2, 10)), **options)
-    with pytest.raises(ValueError, match="log_norms must have shape"):
-        decay(np.zeros(10))
+    for samples in (1, 2):
+        with pytest.raises(ValueError, match=message):
+            decay(np.zeros((samples, 10)), **options)
+    for read in (decay, lag_profile):
+        with pytest.raises(ValueError, match="log_norms must have shape"):
+            read(np.zeros(10))
+
+
+def test_quantiles_of_a_profile_are_named():
+    with pytest.raises(ValueError, match=r"low and high must lie in 0 ≤ low ≤ high ≤ 1, got 0\.1 and 1\.5"):
+        lag_profile(np.zeros((2, 10)), high=1.5)

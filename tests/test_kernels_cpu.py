@@ -25,6 +25,9 @@ from numba.np.numpy_support import from_dtype
 
 from rnnlab import CELLS, Recurrent
 from rnnlab.kernels import LayerWeights, backend, cpu
+from rnnlab.kernels.backward import backward_kernel
+from rnnlab.kernels.forward import forward_kernel
+from rnnlab.kernels.jacobian import diagonals_kernel
 from rnnlab.kernels.simd import VECTOR_BYTES
 from rnnlab.timing import wall_clock
 
@@ -302,11 +305,11 @@ def array_of(dimensions, element=types.float32):
 
 #: The factory of each kernel, and what it takes after the cell and the type.
 KERNELS = {
-    "forward": (cpu._forward_kernel, True),
-    "infer": (cpu._forward_kernel, False),
-    "backward": (cpu._backward_kernel, "plain"),
-    "scaled": (cpu._backward_kernel, "scaled"),
-    "jacobian": (cpu._diagonals_kernel,),
+    "forward": (forward_kernel, True),
+    "infer": (forward_kernel, False),
+    "backward": (backward_kernel, "plain"),
+    "scaled": (backward_kernel, "scaled"),
+    "jacobian": (diagonals_kernel,),
 }
 
 

@@ -1,13 +1,11 @@
 """Peers: what each computes equals our float64; what none can run says so."""
 
-import sys
-
 import numpy as np
 import pytest
 
 from rnnlab import peers
 from rnnlab.costs import Shape
-from rnnlab.kernels import DeviceNotAvailable
+from rnnlab.kernels import DeviceNotAvailable, available
 
 # What libraries say of themselves while they are imported or traced is none of this project's warnings.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -81,20 +79,25 @@ def test_step_clips_and_updates():
     x, _, labels = which.arrays()
     gradient = model.loss_and_gradients(x, labels).params.flat
     norm = np.linalg.norm(gradient)
-    expected = model.params.flat - peers.LEARNING_RATE * gradient * min(1, peers.THRESHOLD / norm)
-    result = np.concatenate([array.ravel() for array in reference(which).values()])
-    np.testing.assert_allclose(result, expected, rtol=1e-14)
+    before = model.params.flat.copy()
+    expected = before - peers.CHECKED_RATE * gradient * min(1, peers.THRESHOLD / norm)
+    result = reference(which)
+    # 4 roundings of numbers below 1.
+    np.testing.assert_allclose(np.concatenate([array.ravel() for array in result.values()]), expected, atol=4 * 2**-53)
+    halved = {name: array.copy() for name, array in result.items()}
+    halved["rnn.weight_hh_l0"] = 0.5 * (halved["rnn.weight_hh_l0"] + which.model().params["rnn.weight_hh_l0"])
+    assert peers.worst_error(halved, result) > peers.tolerance(problem("rnn_tanh", "step"))
 
 
-def test_a_peer_that_is_not_installed_is_listed_as_such(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+def test_a_peer_that_is_not_installed_is_listed_as_such():
     peer = peers.Peer(("no_such_package",), ("cpu",), peers.prepare_torch)
     assert peer.missing() == "not installed: no_such_package"
 
 
 def test_what_cannot_run_says_why():
-    with pytest.raises(DeviceNotAvailable, match="device 'cuda' cannot be used"):
-        peers.prepare_rnnlab(problem(device="cuda"))
+    if available("cuda"):
+        with pytest.raises(DeviceNotAvailable, match="device 'cuda' cannot be used"):
+            peers.prepare_rnnlab(problem(device="cuda"))
     with pytest.raises(peers.NotApplicable, match="rnnlab has no bf16 on the CPU"):
         peers.prepare_rnnlab(problem(dtype="bf16"))
     with pytest.raises(ValueError, match="scope must be one of forward, training, step, got 'train'"):

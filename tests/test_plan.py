@@ -68,3 +68,13 @@ def test_tensor_cores_take_fewer_than_eight_sequences_of_the_widest_layers(dtype
     assert made.vectors == made.tile < made.inner == 8 == made.rows
     assert made.vectors * made.products[0].row <= made.regions[2]  # where the sums begin
     assert made.shared <= H200.shared
+
+
+def test_clusters_that_do_not_run_at_once_take_turns():
+    """132 multiprocessors would hold 16 clusters of 8, but each lies in one GPC."""
+    assert [H200.at_once(blocks) for blocks in (1, 2, 4, 8, 16)] == [132, 66, 31, 15, 7]
+    assert Chip((9, 0), 132, 232_448).at_once(8) == 16
+    made = plan("lstm", "float32", 32, 128, tiers="A", blocks=(8,))
+    assert made.teams <= H200.at_once(8)
+    two = plan("lstm", "float32", 32, 128, tiers="A", blocks=(8,), chip=H200._replace(clusters=((8, 2),)))
+    assert two.teams <= 2

@@ -71,6 +71,8 @@ def test_t_interval_is_that_of_student():
     assert np.isnan(t_interval([1.0])[1:]).all()
     with pytest.raises(ValueError, match="at least one finite number"):
         t_interval([1.0, np.inf])
+    with pytest.raises(ValueError, match=r"confidence must be a finite number in \(0, 1\), got 5"):
+        t_interval([1.0], confidence=5)
 
 
 def test_t_interval_of_five_holds_the_mean_as_often_as_it_says():

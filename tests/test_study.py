@@ -214,6 +214,20 @@ def test_two_jobs_give_the_bytes_of_one_in_processes_with_fewer_threads(tmp_path
     assert manifest(tmp_path / "jobs2")["environment"]["threads"] == 2
 
 
+def test_a_point_whose_process_dies_fails_alone(tmp_path):
+    words, settings = command(tmp_path, "--out", "out", "--jobs", 2)
+    module = tmp_path / "grows.py"
+    module.write_text(
+        module.read_text().replace("    time.sleep", "    if point['size'] == 5: os._exit(9)\n    time.sleep")
+    )
+    assert subprocess.run(words, capture_output=True, **settings).returncode == 1
+    [failure] = manifest(tmp_path / "out")["failed"]
+    assert failure["point"]["size"] == 5
+    assert failure["error"].startswith("BrokenProcessPool")
+    rows = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert rows.dropna(subset="value")["size"].tolist() == [3, 3, 1, 1, 2, 2, 4, 4, 6, 6]
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
     log = tmp_path / "log"
@@ -521,6 +535,13 @@ def test_a_device_that_a_study_does_not_take_is_a_usage_error(tmp_path, capsys):
     assert counted.calls == []
 
 
+def test_times_are_not_measured_on_another_machine(tmp_path, capsys):
+    counted = Counted()
+    counted.study = dataclasses.replace(counted.study, timed=True)
+    assert counted(tmp_path, "--scheduler", "tcp://localhost:1") == 2
+    assert "counted measures times of this machine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
@@ -625,6 +646,15 @@ def test_runner_refuses_an_unknown_name():
     result = CliRunner().invoke(run_studies, ["alpha", "gamma"])
     assert result.exit_code == 2
     assert "'gamma' is none of alpha, beta" in result.stderr
+
+
+def test_runner_refuses_a_device_before_anything_runs(package, tmp_path):
+    path = package / "beta.py"
+    path.write_text(path.read_text().replace("plot=plot)", 'plot=plot, devices=("cpu",))'))
+    result = CliRunner().invoke(run_studies, ["alpha", "beta", "--device", "cuda", "--out", str(tmp_path / "all")])
+    assert result.exit_code == 2
+    assert "not on cuda: beta" in result.stderr
+    assert not (tmp_path / "all").exists()
 
 
 @pytest.mark.usefixtures("package")

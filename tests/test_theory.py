@@ -161,6 +161,10 @@ def test_linear_exponents_are_those_of_the_eigenvalues():
     np.testing.assert_allclose(linear_exponents(rotation), np.full(9, math.log(0.3)), rtol=1e-12)
 
 
+def test_rate_of_a_vanishing_gain_is_its_logarithm():
+    assert tanh_rate(1e-170) == pytest.approx(-170 * math.log(10), rel=1e-15)  # whose square underflows
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -171,6 +175,11 @@ def test_linear_exponents_are_those_of_the_eigenvalues():
         (lambda: gate_exponents(rnnlab.RNN(1, 2), np.zeros((3, 1, 1))), "the cell of net must be one of lstm"),
         (lambda: gate_exponents(rnnlab.LSTM(1, 2, 2), np.zeros((3, 1, 1))), "net must have one layer"),
         (lambda: singular_value_bound(np.eye(2), -1.0), "slope"),
+        (lambda: singular_value_bound(np.ones(3)), r"weight must have shape \(rows, columns\)"),
+        (lambda: linear_exponents(np.full((2, 2), np.nan)), "weight must be finite"),
+        (lambda: linear_exponents(np.ones((2, 3))), r"weight must be square, got shape \(2, 3\)"),
+        (lambda: tanh_gradient(1.0, np.full((3, 2), np.nan)), "fields must be finite"),
+        (lambda: tanh_gradient(1.0, np.zeros((3, 2)), mean_square=-1), "mean_square must be a finite number"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -1,6 +1,8 @@
 """Whole training steps in one compiled call, against `loss_and_gradients` and updates in NumPy; and whole runs."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -222,7 +224,12 @@ def test_bad_arguments_are_named_and_nothing_moves():
     one, _, _ = problem(topology="one_to_one")
     with pytest.raises(ValueError, match="steps must be 1 for topology one_to_one, got 7"):
         TrainingStep(one, T, B, SGD(0.1))
+    with pytest.raises(TypeError, match="model must be a SequenceModel, got Recurrent"):
+        TrainingStep(model.rnn, T, B, SGD(0.1))
     before, take = model.params.flat.copy(), TrainingStep(model, T, B, SGD(0.1))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a TrainingStep is not copied: make one of the copied model"):
+            copied(take)
     for bad, message in (
         ((x[:-1], targets), r"x must have shape \(7, 4, 3\)"),
         ((x, targets[:-1]), r"targets must be an integer array of shape \(4,\)"),

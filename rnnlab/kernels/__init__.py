@@ -24,6 +24,9 @@ __all__ = [
     "threads",
 ]
 
+if importlib.util.find_spec("numba_cuda") and not hasattr(np, "row_stack"):
+    np.vstack = np.vstack  # numba-cuda 0.30 looks for what NumPy 2.5 has no more
+
 Array = NDArray[Any]
 
 DEVICES = ("cpu", "cuda")

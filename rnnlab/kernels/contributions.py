@@ -26,7 +26,7 @@ from . import Array, LayerTrace, LayerWeights, threads
 from .calls import borrow
 from .compiling import cached, part
 from .panels import backward_panel, backward_reset, backward_step, moves, numbers_saved
-from .products import list_tiles, multiply, pack_columns, panel_units
+from .products import list_tiles, multiply, pack_columns, panel_units, tile_at
 from .simd import VECTOR_BYTES, address
 from .team import empty
 
@@ -143,17 +143,16 @@ def _kernel(cell: Cell, dtype):
                     exponent[r] = e if e == _ZERO else exponent[r] + e
                 kept, rows = k * units * B * KS * V, active * B
                 for n in range(active * count):
-                    tile, here, there = tiles[n % count], n // count * B * row, n // count * B * wide
-                    one = tile[0], tile[1], tile[2], tile[3], tile[4]
-                    load(panel, STATES, R, carry, here, S, of_carry, one, H)
-                    load(panel, SAVED, R, flat_saved, kept, K, of_saved, one, H)
-                    load_rows(panel, PEEPHOLE, R, peephole, 0, P, (H, 0, V), one, H)
-                    step_panel(panel, panel[STATES:], one[1] * one[3] * V)
-                    store_rows(panel, DAX, R, da, there, G, of_da, one, H)
+                    tile, here, there = tile_at(tiles, n % count), n // count * B * row, n // count * B * wide
+                    load(panel, STATES, R, carry, here, S, of_carry, tile, H)
+                    load(panel, SAVED, R, flat_saved, kept, K, of_saved, tile, H)
+                    load_rows(panel, PEEPHOLE, R, peephole, 0, P, (H, 0, V), tile, H)
+                    step_panel(panel, panel[STATES:], tile[1] * tile[3] * V)
+                    store_rows(panel, DAX, R, da, there, G, of_da, tile, H)
                     if not JOINT:
-                        store_rows(panel, DAH, R, da, there + dah, G, of_da, one, H)
-                    store_rows(panel, DP, R, da, there + wide - P * H, P, of_da, one, H)
-                    store(panel, STATES, R, carry, here, S, of_carry, one, H)
+                        store_rows(panel, DAH, R, da, there + dah, G, of_da, tile, H)
+                    store_rows(panel, DP, R, da, there + wide - P * H, P, of_da, tile, H)
+                    store(panel, STATES, R, carry, here, S, of_carry, tile, H)
                 if RESET:
                     d_reset[:] = 0
                     there = address(d_reset, 0)
@@ -162,14 +161,13 @@ def _kernel(cell: Cell, dtype):
                         units,
                     )  # fmt: skip
                     for n in range(active * count):
-                        tile, here = tiles[n % count], n // count * B * row
-                        one = tile[0], tile[1], tile[2], tile[3], tile[4]
-                        load(panel, THROUGH, R, d_reset, here, 1, of_carry, one, H)
-                        load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, one, H)
-                        load(panel, STATES, R, carry, here, 1, of_carry, one, H)
-                        reset_panel(panel, panel[STATES:], one[1] * one[3] * V)
-                        store_rows(panel, DAX, R, da, n // count * B * wide, 1, of_da, one, H)
-                        store(panel, STATES, R, carry, here, 1, of_carry, one, H)
+                        tile, here = tile_at(tiles, n % count), n // count * B * row
+                        load(panel, THROUGH, R, d_reset, here, 1, of_carry, tile, H)
+                        load(panel, SAVED, R, flat_saved, kept + K * V, 2, of_saved, tile, H)
+                        load(panel, STATES, R, carry, here, 1, of_carry, tile, H)
+                        reset_panel(panel, panel[STATES:], tile[1] * tile[3] * V)
+                        store_rows(panel, DAX, R, da, n // count * B * wide, 1, of_da, tile, H)
+                        store(panel, STATES, R, carry, here, 1, of_carry, tile, H)
                 for n in range(active):
                     _reduce(
                         da, n * B * wide, wide, exponent[n * B : (n + 1) * B], factors[k], slopes[k], parts, scale, y,

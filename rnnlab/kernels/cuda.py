@@ -596,8 +596,22 @@ def chip() -> Chip:
     """Return what plans need to know of the current GPU."""
     found = xp.cuda.Device()
     major, minor = divmod(int(found.compute_capability), 10)
-    attributes = found.attributes
-    return Chip((major, minor), attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+    processors, shared = (found.attributes[name] for name in ("MultiProcessorCount", "MaxSharedMemoryPerBlockOptin"))
+    return Chip((major, minor), processors, shared, clusters=_clusters(shared) if major >= 9 else ())
+
+
+def _clusters(shared: int) -> tuple[tuple[int, int], ...]:
+    """Return how many clusters of blocks, each with so much shared memory, the driver runs at once, by their size."""
+    from cuda.core import LEGACY_DEFAULT_STREAM, Device, LaunchConfig
+
+    def nothing(values):
+        values[0] = 0
+
+    Device(xp.cuda.Device().id).set_current()
+    kernel = _compiled(cuda.jit(nothing), (types.Array(types.float32, 1, "C"),), shared, True)
+    configs = {n: LaunchConfig(grid=1, cluster=n, block=256, shmem_size=shared) for n in (2, 4, 8, 16)}
+    count = kernel.occupancy.max_active_clusters
+    return tuple((n, count(config, stream=LEGACY_DEFAULT_STREAM)) for n, config in configs.items())
 
 
 def limits(dtype: str) -> tuple[float, float]:
@@ -650,10 +664,17 @@ class Launch:
             self._arguments += flat
 
     def __call__(self) -> None:
-        from cuda.core import Stream, launch
+        from cuda.core import launch
 
-        # 1 is the driver's name for the legacy default stream, which CuPy calls 0.
-        launch(Stream.from_handle(xp.cuda.get_current_stream().ptr or 1), self._config, self._kernel, *self._arguments)
+        launch(_stream(xp.cuda.get_current_stream().ptr), self._config, self._kernel, *self._arguments)
+
+
+@cache
+def _stream(pointer: int) -> Any:
+    """Return a stream of CuPy's as one of cuda-core's, which asks for its device once: not while it is captured."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(pointer or 1)  # the driver's name for the legacy default stream, which CuPy calls 0
 
 
 def _elementwise(kernel: Any, *arrays: Array) -> Launch:
@@ -662,6 +683,8 @@ def _elementwise(kernel: Any, *arrays: Array) -> Launch:
 
 def _scan(kernel: Any, made: Plan, arguments: tuple[Any, ...]) -> Launch:
     cluster = made.blocks if made.tier == "A" else 1
+    if made.tier != "A" and 2 * (arguments[0] + 1) * made.blocks >= 2**31:  # two barriers a step, counted in 32 bits
+        raise ValueError(f"x must have fewer than {2**30 // made.blocks - 1} steps, got {arguments[0]}")
     blocks, together = made.teams * made.blocks, made.tier != "A"
     return Launch(kernel, arguments, blocks, made.threads, shared=made.shared, cluster=cluster, together=together)
 
@@ -769,7 +792,7 @@ def prepare_forward(
 ) -> tuple[Run, LayerTrace]:
     """Return what `forward` runs and the trace that it fills, both on the device; as often as wanted.
 
-    Device arrays among the arguments are read at every run; NumPy arrays are copied now.
+    Device arrays among the arguments are read at every run, but without `keep` the weights now; so are NumPy arrays.
     """
     x, state, lengths, weights = *map(_on_device, (x, state, lengths)), LayerWeights(*map(_on_device, weights))
     (T, B, I), S, dtype = x.shape, len(cell.states), arithmetic or x.dtype.name
@@ -787,11 +810,18 @@ def prepare_forward(
          reset_h, exchange, words, arrived),
     )  # fmt: skip
 
-    def run() -> None:
+    def pack() -> None:
         for launch in packing:
             launch()
-        inputs.refresh()
         weight.refresh()
+
+    if not keep:
+        pack()
+
+    def run() -> None:
+        if keep:
+            pack()
+        inputs.refresh()
         _multiply(inputs.values, weight.values, ax, dtype, tb=True)
         states[:, 0] = state
         arrived[...] = 0
@@ -878,8 +908,12 @@ def prepare_backward(
             _multiply(da.values, inputs.values, into.weight_ih, dtype, ta=True)
             _multiply(da_h.values[:, :last], h.values, into.weight_hh[:last], dtype, ta=True)
             _multiply(da_h.values[:, last:], reset.values, into.weight_hh[last:], dtype, ta=True)
-            for sums, of in ((into.bias_ih, dax), (into.bias_hh, dah), (into.peephole, dp)):
+            for sums, of in ((into.bias_ih, dax), (into.peephole, dp)):
                 _multiply(ones, of, sums[None], number.name)
+            if cell.joint:
+                into.bias_hh[...] = into.bias_ih
+            else:
+                _multiply(ones, dah, into.bias_hh[None], number.name)
 
     return run, LayerGradients(into, dx, d_state, d_output, exponent if scaled else None, given if scaled else None)
 

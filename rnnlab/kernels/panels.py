@@ -9,14 +9,16 @@ of their own, from step to step; that it lies apart LLVM is told.
 from functools import cache
 
 import numpy as np
+from numba import njit
 
 from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part, written
-from .products import blocks
+from .products import PANEL, blocks
 from .simd import VECTOR_BYTES, address, as_vector_code, move, prefetch
 
 __all__ = [
+    "APART",
     "backward_panel",
     "backward_reset",
     "backward_step",
@@ -24,24 +26,46 @@ __all__ = [
     "forward_panel",
     "forward_reset",
     "forward_step",
+    "grouped",
     "moves",
     "numbers_saved",
     "put_numbers",
-    "regions",
     "spread_gates",
     "store_gates",
     "take_numbers",
     "tile_product",
+    "tiles_at_most",
 ]
 
+
+#: Numbers between what two threads write over and over: at least a page, beyond which no core fetches ahead. Closer,
+#: each would fetch lines that the other is about to write, and both would wait for them at every step.
+APART = 1024
 
 #: Bytes of a panel, which share the first-level cache with the weights of a tile; vectors of its regions at the least.
 _PANEL_BYTES, _VECTORS = 24 * 2**10, 24
 
 
-def regions(*sizes: int) -> tuple[int, ...]:
+def _regions(*sizes: int) -> tuple[int, ...]:
     """Return where each of the regions begins that follow each other, and where the last one ends."""
     return tuple(sum(sizes[:k]) for k in range(len(sizes) + 1))
+
+
+def grouped(common: tuple[int, ...], own: tuple[int, ...], N: int) -> tuple[int, ...]:
+    """Return where each region of a work space begins, those that N groups have of their own for the first of them.
+
+    After that how far groups lie apart, and where all end.
+    """
+    *places, end = _regions(*common, *own)
+    begin, apart = places[len(common)], end - places[len(common)] + APART
+    return *places, apart, begin + N * apart
+
+
+@njit
+def tiles_at_most(units, M, R, V):
+    """Return how many tiles so many units of M sequences have at the most, with regions of R numbers in a panel."""
+    rows = R // V // PANEL
+    return units * ((M + rows - 1) // rows + 1)  # one more, for both halves of the batch have theirs
 
 
 def numbers_saved(cell: Cell) -> int:
@@ -66,7 +90,7 @@ def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
 def _panel(V: int, *numbers: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region and where each begins, given how many of the same kind follow each other."""
     vectors = max(1, _PANEL_BYTES // (VECTOR_BYTES * sum(numbers) * _VECTORS)) * _VECTORS
-    return V * vectors, regions(*(V * vectors * n for n in numbers))
+    return V * vectors, _regions(*(V * vectors * n for n in numbers))
 
 
 # To and from memory -------------------------------------------------------------------------------------------------

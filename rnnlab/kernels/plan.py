@@ -24,15 +24,23 @@ __all__ = ["ARITHMETIC", "H200", "Arithmetic", "Chip", "Plan", "Product", "expla
 
 
 class Chip(NamedTuple):
-    """What a plan needs to know of a GPU: compute capability, multiprocessors, bytes of shared memory and registers."""
+    """What a plan needs to know of a GPU: compute capability, multiprocessors, bytes of shared memory and registers.
+
+    clusters: (blocks, how many clusters of so many run at once), where that is known; see `at_once`.
+    """
 
     capability: tuple[int, int]
     processors: int
     shared: int
     registers: int = 65_536
+    clusters: tuple[tuple[int, int], ...] = ()
+
+    def at_once(self, blocks: int) -> int:
+        """Return how many clusters of so many blocks run at once: fewer than fit, as each must lie in one GPC."""
+        return dict(self.clusters).get(blocks, self.processors // blocks)
 
 
-H200 = Chip((9, 0), 132, 232_448)
+H200 = Chip((9, 0), 132, 232_448, clusters=((2, 66), (4, 31), (8, 15), (16, 7)))
 
 
 class Arithmetic(NamedTuple):
@@ -228,7 +236,7 @@ def _cycles(made: Plan, chip: Chip) -> int:
             tile += made.rows * product.row * kind.word / _L2_BYTES + _TILE
         barrier = _GRID if made.tier != "A" else _CLUSTER if made.blocks > 1 else 0
         cycles += tile * -(-made.slice // made.tile) + barrier
-    waves = -(-made.teams // max(1, chip.processors // made.blocks))
+    waves = -(-made.teams // max(1, chip.at_once(made.blocks))) if made.tier == "A" else 1
     return round((cycles + _STEP) * waves)
 
 
@@ -246,9 +254,9 @@ def _candidates(
     most = 16 if chip.capability >= (9, 0) else 1
     teams = [(n, True) for n in blocks or (1, 2, 4, 8, 16)] + [(n, False) for n in blocks or (chip.processors,)]
     for team in teams:
-        if team[1] and team[0] > most:
+        if team[1] and (team[0] > most or not chip.at_once(team[0])):
             continue
-        whole = -(-B // max(1, chip.processors // team[0])) if team[1] else B
+        whole = -(-B // chip.at_once(team[0])) if team[1] else B
         for part in {whole, *(p for p in powers if p < whole)} if team[1] else {B}:
             for tile in {part, *(p for p in powers if p < part)}:
                 for count in threads:

@@ -28,12 +28,14 @@ __all__ = [
     "multiply_columns",
     "pack_columns",
     "pack_gates",
+    "pack_peepholes",
     "pack_shared",
     "panel_units",
     "rows_at",
     "scratch_size",
     "share",
     "shared_vectors",
+    "tile_at",
     "tile_rows",
     "whole_units",
     "width_at",
@@ -122,6 +124,12 @@ def list_tiles(table, first, last, first_unit, last_unit, units, most, vectors, 
             n, row = n + 1, row + rows
         unit += width
     return n
+
+
+@njit
+def tile_at(table, k):
+    """Return the tile in a row of `list_tiles`."""
+    return table[k, 0], table[k, 1], table[k, 2], table[k, 3], table[k, 4]
 
 
 @cache
@@ -305,6 +313,15 @@ def pack_columns(target, at, weight, gates, kept, most, first, last):
                         move(target, to, source, row * columns + (unit + j) * V, valid)
                         to += V
         unit += width
+
+
+@njit
+def pack_peepholes(target, at, peephole, H):
+    """Pack peephole weights (P·H,), each row of H padded to whole units."""
+    V = VECTOR_BYTES // target.itemsize
+    row = (H + V - 1) // V * V
+    for n in range(peephole.size // H * row):
+        target[at + n] = peephole[n // row * H + n % row] if n % row < H else target.dtype.type(0)
 
 
 # Sums over rows -----------------------------------------------------------------------------------------------------

@@ -83,15 +83,15 @@ class _Vectors:
         k, vectors = builder.phi(count.type), [builder.phi(self.type) for _ in start]
         new = body(k, vectors)
         following = builder.add(k, ir.Constant(count.type, 1))
-        for phi, first, value in zip(
-            [k, *vectors], [ir.Constant(count.type, 0), *start], [following, *new], strict=True
-        ):
+        begun, ended = [ir.Constant(count.type, 0), *start], [following, *new]
+        for phi, first, value in zip([k, *vectors], begun, ended, strict=True):
             phi.add_incoming(first, before)
             phi.add_incoming(value, inside)
-        # Unrolled, loads would skip lines, which processors do not foresee. LLVM wants a node that holds itself.
-        once = builder.module.add_metadata([builder.module.add_metadata(["llvm.loop.unroll.disable"])])
-        once.operands = once, *once.operands
-        builder.cbranch(builder.icmp_signed("<", following, count), inside, after).set_metadata("llvm.loop", once)
+        again = builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+        if REGISTERS == 32:  # unrolled, loads skip lines, which is not foreseen; with fewer sums counting costs more
+            once = builder.module.add_metadata([builder.module.add_metadata(["llvm.loop.unroll.disable"])])
+            once.operands = once, *once.operands  # LLVM wants a node that holds itself
+            again.set_metadata("llvm.loop", once)
         builder.position_at_end(after)
         return new
 
@@ -204,13 +204,15 @@ def tile(rows, units, group, dtype):
                 def multiply_add(k, sums):
                     row = builder.gep(b_, [builder.mul(k, constant(columns * vectors.lanes))])
                     right = {c: vectors.load(offset(row, (constant(vectors.lanes), c))) for c in these}
-                    if group == 1 and rows > 1 and 0 in these:  # sums may lie far, and all at once is not brought
+                    if REGISTERS == 32 and group == 1 and rows > 1:  # sums may lie far, and not all at once are brought
                         c = builder.and_(builder.lshr(k, constant(3)), constant(columns - 1))
                         vectors.prefetch(begin(builder.and_(k, constant(7)), c))
                     step = builder.mul(k, a_k_)
                     factors = [vectors.broadcast(builder.load(builder.gep(pointer, [step]))) for pointer in left]
                     return [vectors.fma(factors[r], right[c], total) for (r, c), total in zip(cells, sums, strict=True)]
 
+                for cell in cells if REGISTERS < 32 else ():
+                    vectors.prefetch(begin(*cell))
                 sums = vectors.loop(count_, [vectors.zero] * len(cells), multiply_add)
                 for total, (r, c) in zip(sums, cells, strict=True):
                     value = builder.fadd(vectors.load(begin(r, c)), total)
@@ -235,9 +237,7 @@ def _fma_chains(typing_context, x, count):
     def generate(context, builder, signature, arguments):
         vectors = _Vectors(context, builder, x)
         start = vectors.broadcast(arguments[0])
-        chains = vectors.loop(
-            arguments[1], [start] * CHAINS, lambda k, chains: [vectors.fma(chain, start, start) for chain in chains]
-        )
+        chains = vectors.loop(arguments[1], [start] * CHAINS, lambda k, c: [vectors.fma(v, start, start) for v in c])
         return builder.extract_element(reduce(builder.fadd, chains), ir.Constant(ir.IntType(32), 0))
 
     return x(x, count), generate

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -19,10 +19,11 @@ from ..cells import Cell
 from . import threads
 from .calls import draw_ticket, invoke, tickets_drawn
 from .compiling import cached
-from .products import panel_units
+from .products import panel_units, share
 from .simd import VECTOR_BYTES, address
 
-__all__ = ["CACHE", "empty", "plan", "post", "predicted_seconds", "run_together", "wait_for_all", "wait_until_done"]
+__all__ = ["CACHE", "Party", "empty", "groups_of", "plan", "post", "predicted_seconds", "run_together", "shares"]
+__all__ += ["wait_for_all", "wait_until_done"]
 
 Array = NDArray[Any]
 
@@ -149,6 +150,28 @@ def _plan(
         found += [(parties, False)] if parties <= B else []
         found += [(parties, True)] if not by_sequences else []
     return min(found, key=lambda one: predicted_seconds(cell, T, B, I, H, dtype, *one))
+
+
+class Party(NamedTuple):
+    """One of the threads of a call, for compiled code: it has a share of the units, or else of the sequences."""
+
+    counter: NDArray[np.int64]
+    parties: int
+    by_units: bool
+    rank: int
+
+
+@njit
+def shares(count, most, me):
+    """Return which of `count` things, dealt out `most` at a time, are for a `Party`: first and last."""
+    return share(count, most, me.rank, me.parties), share(count, most, me.rank + 1, me.parties)
+
+
+@njit
+def groups_of(B, M, me):
+    """Return which of the groups of M sequences are for a `Party`: where units are shared all."""
+    groups = (B + M - 1) // M
+    return range(groups) if me.by_units else range(groups * me.rank // me.parties, groups * (me.rank + 1) // me.parties)
 
 
 _let_others_run = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
