@@ -1,4 +1,4 @@
-"""The fastest peer's time over ours, interleaved in one process: above 1 we are faster. None without any peer."""
+"""The fastest peer's time over ours, interleaved in one process: above 1 we are faster. n/a without any peer."""
 
 from rnnlab.compare import compare, worst_ratio
 from rnnlab.peers import PEERS, Problem

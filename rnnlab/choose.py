@@ -140,8 +140,8 @@ def choose(
             budget = check_integer("most_parameters", most_parameters)
             size = largest(partial(job.parameters, cell), budget, name="most_parameters")
         else:
-            most, lanes = check_number("most_seconds", most_seconds, 0, math.inf), np.dtype(job.dtype).itemsize
-            size = largest(seconds, most, VECTOR_BYTES // lanes, name="most_seconds")
+            most = check_number("most_seconds", most_seconds, 0, math.inf)
+            size = largest(seconds, most, VECTOR_BYTES // np.dtype(job.dtype).itemsize, name="most_seconds")
         row = {
             "cell": cell,
             "hidden_size": size,

@@ -111,3 +111,13 @@ def test_registers_of_a_kernel_hold_its_weights_and_no_memory_does():
     found = resources(plan("lstm", "bf16", 16, 128))
     assert 32 < found["registers"] <= 255  # of a thread: NVIDIA's limit, and more than no weights at all would take
     assert found["local_bytes"] == found["spilled_bytes"] == 0
+
+
+def test_numba_finds_what_numpy_has_no_more():
+    code = (
+        "import numpy as np\n"
+        "vars(np).pop('row_stack', None)\n"
+        "import rnnlab.kernels\n"
+        "assert vars(np)['row_stack'] is np.vstack\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

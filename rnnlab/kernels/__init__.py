@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("numba_cuda") and not hasattr(np, "row_stack"):
-    np.vstack = np.vstack  # numba-cuda 0.30 looks for what NumPy 2.5 has no more
+    np.row_stack = np.vstack  # noqa: NPY201 (numba-cuda 0.30 looks for what NumPy 2.5 has no more)
 
 Array = NDArray[Any]
 

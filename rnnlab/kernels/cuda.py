@@ -792,7 +792,7 @@ def prepare_forward(
 ) -> tuple[Run, LayerTrace]:
     """Return what `forward` runs and the trace that it fills, both on the device; as often as wanted.
 
-    Device arrays among the arguments are read at every run, but without `keep` the weights now; so are NumPy arrays.
+    Device arrays among the arguments are read at every run; NumPy arrays are copied now, weights without `keep` too.
     """
     x, state, lengths, weights = *map(_on_device, (x, state, lengths)), LayerWeights(*map(_on_device, weights))
     (T, B, I), S, dtype = x.shape, len(cell.states), arithmetic or x.dtype.name
