@@ -27,15 +27,17 @@ __all__ = ["assembled", "compiled", "kernel_of", "resources"]
 
 def kernel_of(made: Plan, scaled: bool = False) -> tuple[Any, tuple[Any, ...]]:
     """Return the kernel of a plan, forward with all that BPTT needs, and the types of its arguments."""
-    from rnnlab.kernels import cuda
+    from rnnlab.kernels.cuda_backward import backward_kernel
+    from rnnlab.kernels.cuda_block import kind_of
+    from rnnlab.kernels.cuda_forward import forward_kernel
 
-    number, word, sent = (types.Array(from_dtype(np.dtype(one)), 1, "C") for one in cuda._kind(made.dtype)[:3])
+    number, word, sent = (types.Array(from_dtype(np.dtype(one)), 1, "C") for one in kind_of(made.dtype)[:3])
     whole, small, size = types.Array(types.int64, 1, "C"), types.Array(types.int32, 1, "C"), types.int64
     tail, cell = (sent, word, small), CELLS[made.cell]
     if made.backward:
-        kernel = cuda._backward_kernel(cell, made, scaled)
+        kernel = backward_kernel(cell, made, scaled)
         return kernel, (size, size, number, whole, number, word, word, whole, *[number] * 5, whole, *tail)
-    kernel = cuda._forward_kernel(cell, made, True)
+    kernel = forward_kernel(cell, made, True)
     return kernel, (size, size, *[number] * 4, word, word, whole, *[number] * 3, *tail)
 
 

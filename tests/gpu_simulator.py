@@ -162,7 +162,7 @@ class Cuda(FakeCUDAModule):
 
 
 class PreparedLaunch:
-    """In the place of `kernels.cuda.Launch`."""
+    """In the place of `kernels.cuda_launch.Launch`."""
 
     def __init__(self, kernel, arguments, blocks, threads, *, shared=0, cluster=1, together=False):
         flat = [a if isinstance(a, int) else a.reshape(-1) for a in arguments]
@@ -185,10 +185,10 @@ def multiply(a, b, out, dtype, *, ta=False, tb=False):
 
 def install():
     """Let the kernels run here, once for the process."""
-    from rnnlab.kernels import cuda, ptx
+    from rnnlab.kernels import cuda, cuda_backward, cuda_block, cuda_launch, ptx
     from rnnlab.kernels.plan import H200
 
-    cuda.cuda = ptx.cuda = Cuda()
-    cuda.Launch, cuda._multiply, cuda.chip = PreparedLaunch, multiply, lambda: H200
-    cuda._elementwise = lambda kernel, *arrays: PreparedLaunch(kernel, arrays, 2, 1)
+    cuda_block.cuda = cuda_backward.cuda = ptx.cuda = Cuda()
+    cuda_launch.Launch, cuda.multiply, cuda.chip = PreparedLaunch, multiply, lambda: H200
+    cuda_launch.elementwise = cuda.elementwise = lambda kernel, *arrays: PreparedLaunch(kernel, arrays, 2, 1)
     cuda.capture = cuda.on_host = lambda given: given

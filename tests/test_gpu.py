@@ -148,11 +148,13 @@ def test_the_scaled_adjoint_equals_the_plain_one(cell, cuda):
 
 
 def test_kernels_have_no_memory_of_their_own(cuda):
+    from rnnlab.kernels.cuda_forward import forward_kernel
+
     for H in (128, 512, 1024):
         net, x, state, lengths, *_ = problem("lstm", 3, 16, H)
         made = plan("lstm", "float32", 16, H, False, cuda.chip())
         cuda.forward(net.cell, x, net.weights(0), state, lengths)
-        (compiled,) = cuda._forward_kernel(net.cell, made, True).overloads.values()
+        (compiled,) = forward_kernel(net.cell, made, True).overloads.values()
         assert compiled.local_mem_per_thread == 0
 
 

@@ -80,14 +80,14 @@ def test_scaled_kernels_compile_without_float64_and_memory_of_their_own(cell, dt
 
 
 def test_packing_and_rounding_compile():
-    from rnnlab.kernels import cuda
+    from rnnlab.kernels.cuda_block import narrow_kernel, pack_kernel
 
     single = types.Array(types.float32, 1, "C")
     for dtype, kind in (("float32", types.float32), ("bf16", types.int32), ("fp16", types.int32)):
         made = plan("lstm", dtype, 16, 512)
-        ptx = compiled(cuda._pack_kernel(made, 0), made.threads, (9, 0), (single, types.Array(kind, 1, "C")))
+        ptx = compiled(pack_kernel(made, 0), made.threads, (9, 0), (single, types.Array(kind, 1, "C")))
         check(ptx, dtype, (9, 0))
-    ptx = compiled(cuda._narrow_kernel("bf16"), made.threads, (9, 0), (single, types.Array(types.int16, 1, "C")))
+    ptx = compiled(narrow_kernel("bf16"), made.threads, (9, 0), (single, types.Array(types.int16, 1, "C")))
     assert "cvt.rn.bf16.f32" in ptx
 
 

@@ -18,14 +18,14 @@ __all__ = ["cached", "part", "written"]
 
 _PACKAGE = Path(__file__).parents[1]
 
-#: Modules of the GPU alone.
+#: What modules of the GPU alone begin with.
 _GPU = ("cuda", "plan", "ptx")
 
 
 def _read_sources():
     """Hash every file whose code ends up inside a kernel; Numba itself watches only that of the outer function."""
     scalar = [_PACKAGE / f"{name}.py" for name in ("activations", "cells", "losses")]
-    kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if path.stem not in _GPU]
+    kernels = [path for path in sorted((_PACKAGE / "kernels").glob("*.py")) if not path.stem.startswith(_GPU)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in [*scalar, *kernels]))
 
 
