@@ -9,6 +9,7 @@ from conftest import relative_error
 from numba import njit
 
 from rnnlab.kernels import products
+from rnnlab.kernels.panels import panels_at_most, tiles_at_most
 from rnnlab.kernels.simd import VECTOR_BYTES, address
 
 DTYPES = ["float32", "float64"]
@@ -352,6 +353,31 @@ def test_tiles_cover_every_row_and_unit_once(group, one_row):
                 want = np.zeros_like(covered)
                 want[first:last, 2 : 2 + rows] = 1
                 np.testing.assert_array_equal(covered, want)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+def test_states_of_tiles_have_room(most):
+    """A tile's states lie behind those of all tiles before it, of whatever panels and halves of the batch."""
+    vectors, V = 24, 4
+
+    def room(count, M):
+        return tiles_at_most(count, most, M, vectors * V, V)
+
+    def tiles(units, first, last, sequences):
+        return products.list_tiles(table, *sequences, first, last, units, most, vectors, V)
+
+    for units in range(1, 3 * most + 2):
+        table = np.zeros((2 * units * 31, 5), np.int64)
+        for M in range(1, 31):
+            for cut in {0, (M + 1) // 2, M}:  # going back
+                count = tiles(units, 0, units, (0, cut)) + tiles(units, 0, units, (cut, M))
+                assert count <= room(panels_at_most(units, most), M)
+                for before in range(0, units + 1 - most, most):
+                    assert tiles(units, 0, before, (0, cut)) + tiles(units, 0, before, (cut, M)) <= room(
+                        before // most, M
+                    )
+            last = products.list_tiles(table, 0, M, units - 1, units, units, 1, vectors, V)  # forward, by itself
+            assert tiles(units - 1, 0, units - 1, (0, M)) + last <= room(panels_at_most(units, most), M)
 
 
 # Sums over rows -------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from .panels import (
     grouped,
     moves,
     numbers_saved,
+    panels_at_most,
     store_gates,
     tile_product,
     tiles_at_most,
@@ -111,7 +112,8 @@ def backward_places(cell: Cell, V: int, I: int, H: int, rows: int, M: int, N: in
     row, inputs = -(-H // V) * V, -(-I // V) * V
     weights = G * H * inputs, G * H * row, RESET * H * row, P * row, row + inputs
     gradients = BOTH * rows * G * row, rows * G * row, rows * P * row
-    own = tiles_at_most(-(-H // V), M, R, V) * S * R, RESET * M * row
+    most = panel_units(1, one_row=M * N == 1)
+    own = tiles_at_most(panels_at_most(-(-H // V), most), most, M, R, V) * S * R, RESET * M * row
     return BackwardPlaces(*grouped((*weights, *gradients), own, N))
 
 
@@ -209,7 +211,7 @@ def _steps(cell: Cell, dtype, mode: str):
     load, (load_rows, store_rows) = moves(V, True)[0], moves(V, False)
     IS_WHOLE = mode in WHOLE
     _, step_panel = backward_step(cell, V, IS_WHOLE)
-    reset_panel = backward_reset(cell, V) if RESET else None
+    after_reset, clip_gates = _after_reset(cell, dtype) if RESET else None, _clip_gates(cell, V) if GATES else None
     limit = limit_whole(mode) if IS_WHOLE else None
 
     @part(cell.name, dtype, mode, forceinline=True)
@@ -221,7 +223,7 @@ def _steps(cell: Cell, dtype, mode: str):
         cut = max(first, min(a.middle, last))  # no tile has sequences of both halves
         count = list_tiles(tiles, first, cut, u0, u1, units, most, VECTORS, V)
         count += list_tiles(tiles[count:], cut, last, u0, u1, units, most, VECTORS, V)
-        states = at.states + group * at.apart + tiles_at_most(u0, a.M, R, V) * S * R
+        states = at.states + group * at.apart + tiles_at_most(u0 // most, most, a.M, R, V) * S * R
         return first, last, tiles, count, states, at.da_last + group * at.apart - first * units * V
 
     @part(cell.name, dtype, mode, forceinline=True)
@@ -235,8 +237,8 @@ def _steps(cell: Cell, dtype, mode: str):
     @part(cell.name, dtype, mode, forceinline=True)
     def run(a, at, c, group, most, me):
         (T, B, H), M, work, panel = a.d_output.shape, a.saved.shape[3], a.work, a.panels[me.rank]
-        units, depth = (H + V - 1) // V, G * H
-        row, one, saved = units * G * V, units * V, a.saved.reshape(-1)
+        units, saved = (H + V - 1) // V, a.saved.reshape(-1)
+        row, one = units * G * V, units * V
         d_state, d_output = a.d_state.reshape(-1), a.d_output.reshape(-1)
         first, last, tiles, count, first_states, da_last = begin(a, at, group, most, me)
         of_state, of_peepholes = ((T + 1) * B * H, H, V), (one, 0, V)
@@ -279,29 +281,15 @@ def _steps(cell: Cell, dtype, mode: str):
                     store_da(panel, DAX + (G - 1) * R, R, work, da_last, 1, one, tile, H)
                 store_rows(panel, TOTAL, R, d_state, there, S, of_state, tile, H)
             if GATES:
-                counts = a.counts[me.rank]
-                for b in range(first, last):
-                    start = (rows[int(b >= a.middle)] + b) * row
-                    clamp_row(work, at.dax + start, depth, a.limit[0], counts)
-                    if not JOINT:
-                        clamp_row(work, at.dah + start, depth, a.limit[0], counts)
-                    if RESET:  # the last gate's copy for the product with W_hn, counted apart
-                        clamp_row(work, da_last + b * one, H, a.limit[0], counts[2:])
-                    if t < a.lengths[b]:
-                        counts[1] += depth if JOINT else 2 * depth
+                clip_gates(a, at, t, rows, da_last, first, last, me.rank)
             if RESET:
                 if me.by_units:
                     wait_for_all(me.counter, me.parties)
-                for k in range(count):
-                    tile = tile_at(tiles, k)
-                    product(panel, ABOVE, work, at.zeros, 0, work, da_last, one, work, at.weight_last, H, tile)
-                    load(panel, SAVED, R, saved, kept + K * V, 2, of_saved, tile, H)
-                    reset_panel(panel, work[first_states + k * S * R :], tile[1] * tile[3] * V)
-                    dax = at.dax + rows[int(tile[2] >= a.middle)] * row
-                    store_rows(panel, DAX, R, work, dax, 1, (0, row, G * V), tile, H)
+                after_reset(a, at, panel, rows, da_last, kept, first_states, tiles[:count])
                 if GATES:
                     for b in range(first, last):
-                        clamp_row(work, at.dax + (rows[int(b >= a.middle)] + b) * row, depth, a.limit[0], counts)
+                        start = (rows[int(b >= a.middle)] + b) * row
+                        clamp_row(work, at.dax + start, G * H, a.limit[0], a.counts[me.rank])
 
     @part(cell.name, dtype, mode, forceinline=True)
     def finish(a, at, group, most, me):
@@ -314,6 +302,51 @@ def _steps(cell: Cell, dtype, mode: str):
             store_rows(a.work, states, R, a.d_state.reshape(-1), 0, S, (slots * B * H, H, V), tile, H)
 
     return run, finish
+
+
+@cache
+def _after_reset(cell: Cell, dtype):
+    """Build what follows dL/da of the last gate: dL/d(r ∘ h), and from it gate r and its part of dL/dh."""
+    G, S, K, KS, V = len(cell.gates), len(cell.states), cell.saved, numbers_saved(cell), VECTOR_BYTES // dtype.itemsize
+    R, (ABOVE, SAVED, _, DAX, *_) = backward_panel(cell, V)
+    product, load, store_rows = tile_product(1, dtype, V, R), moves(V, True)[0], moves(V, False)[1]
+    reset_panel = backward_reset(cell, V)
+
+    @part(cell.name, dtype, forceinline=True)
+    def after_reset(a, at, panel, rows, da_last, kept, first_states, tiles):
+        H, M, work, saved = a.d_output.shape[2], a.saved.shape[3], a.work, a.saved.reshape(-1)
+        one = (H + V - 1) // V * V
+        for k in range(len(tiles)):
+            tile = tile_at(tiles, k)
+            product(panel, ABOVE, work, at.zeros, 0, work, da_last, one, work, at.weight_last, H, tile)
+            load(panel, SAVED, R, saved, kept + K * V, 2, (V, KS * V, M * KS * V), tile, H)
+            reset_panel(panel, work[first_states + k * S * R :], tile[1] * tile[3] * V)
+            dax = at.dax + rows[int(tile[2] >= a.middle)] * G * one
+            store_rows(panel, DAX, R, work, dax, 1, (0, G * one, G * V), tile, H)
+
+    return after_reset
+
+
+@cache
+def _clip_gates(cell: Cell, V: int):
+    """Build the clipping of dL/da of a step, for sequences first…last, which counts as `adjoint.Clip` says."""
+    G, JOINT, RESET = len(cell.gates), cell.joint, cell.reset is not None
+
+    @part(cell.name, V, forceinline=True)
+    def clip_gates(a, at, t, rows, da_last, first, last, rank):
+        H, work, counts = a.d_output.shape[2], a.work, a.counts[rank]
+        one, depth = (H + V - 1) // V * V, G * H
+        for b in range(first, last):
+            start = (rows[int(b >= a.middle)] + b) * G * one
+            clamp_row(work, at.dax + start, depth, a.limit[0], counts)
+            if not JOINT:
+                clamp_row(work, at.dah + start, depth, a.limit[0], counts)
+            if RESET:  # the last gate's copy for the product with W_hn, counted apart
+                clamp_row(work, da_last + b * one, H, a.limit[0], counts[2:])
+            if t < a.lengths[b]:
+                counts[1] += depth if JOINT else 2 * depth
+
+    return clip_gates
 
 
 @cache

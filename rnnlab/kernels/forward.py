@@ -24,6 +24,7 @@ from .panels import (
     grouped,
     moves,
     numbers_saved,
+    panels_at_most,
     spread_gates,
     tile_product,
     tiles_at_most,
@@ -97,7 +98,8 @@ def forward_places(cell: Cell, V: int, I: int, H: int, chunk: int, M: int, N: in
     G, P, RESET, R = len(cell.gates), len(cell.peepholes), int(cell.reset is not None), forward_panel(cell, V)[0]
     row = -(-H // V) * V
     weights = G * row * I, G * row * H, G * row, G * row, P * row, RESET * H * row
-    states = tiles_at_most(-(-H // V), M, R, V) * len(cell.states) * R
+    most = panel_units(1 if RESET else G, one_row=M * N == 1)
+    states = tiles_at_most(panels_at_most(-(-H // V), most), most, M, R, V) * len(cell.states) * R
     return ForwardPlaces(*grouped(weights, (chunk * M * G * row, states, RESET * M * G * row, RESET * M * row), N))
 
 
@@ -132,13 +134,12 @@ def _steps(cell: Cell, dtype, keep: bool):
     """Build all steps of one group of sequences, or of some of its units."""
     G, S, P, K, KS = len(cell.gates), len(cell.states), len(cell.peepholes), cell.saved, numbers_saved(cell)
     V = VECTOR_BYTES // dtype.itemsize
-    R, (SUM, _, PEEPHOLE, SAVED, OLD, NEW, _) = forward_panel(cell, V)
+    R, (SUM, _, PEEPHOLE, SAVED, *_) = forward_panel(cell, V)
     VECTORS, RESET, KEEP = R // V, cell.reset is not None, keep
-    input_sums, tile_sums = _sums(cell, dtype)
-    gate_sums, last_sums = tile_product(G, dtype, V, R), tile_product(1, dtype, V, R)
+    (input_sums, tile_sums), last_sums = _sums(cell, dtype), tile_product(1, dtype, V, R)
     (load, store), (load_rows, store_rows) = moves(V, True), moves(V, False)
     step_panel = forward_step(cell, dtype, V, keep)
-    reset_panel = forward_reset(cell, dtype, V) if RESET else None
+    until_reset = _until_reset(cell, dtype, keep) if RESET else None
 
     @part(cell.name, dtype, keep, forceinline=True)
     def run(a, at, group, most, most_last, me):
@@ -148,7 +149,7 @@ def _steps(cell: Cell, dtype, keep: bool):
         state, saved, reset_h = a.state.reshape(-1), a.saved.reshape(-1), a.reset_h.reshape(-1)
         slot, lean = (T + 1) * B * H, len(a.state) < S
         of_state, of_saved = (slot, H, V), (V, KS * V, a.M * KS * V)
-        of_gates, of_peepholes, of_sum = (V, row, G * V), (one, 0, V), (0, one, V)
+        of_gates, of_peepholes = (V, row, G * V), (one, 0, V)
         # Where the rows of sequence 0 would lie, if the group began with it.
         first_ax, sums = at.ax + group * at.apart - first * row, at.sums + group * at.apart - first * row
         last_sum = at.last_sum + group * at.apart - first * one
@@ -165,7 +166,7 @@ def _steps(cell: Cell, dtype, keep: bool):
         # The cell takes a last unit that fills no vector as dense as its gates lie, if no sequence ends before others.
         dense = H % V if shortest >= T else V
         last_count += list_tiles(last_tiles[last_count:], first, last, max(w0, whole), w1, units, 1, VECTORS, dense)
-        first_states = at.states + group * at.apart + tiles_at_most(w0, a.M, R, V) * S * R
+        first_states = at.states + group * at.apart + tiles_at_most(w0 // most_last, most_last, a.M, R, V) * S * R
         for k in range(last_count):
             load_rows(work, first_states + k * S * R, R, state, 0, S, of_state, tile_at(last_tiles, k), H)
 
@@ -179,17 +180,7 @@ def _steps(cell: Cell, dtype, keep: bool):
                 if me.by_units:
                     wait_for_all(me.counter, me.parties)
                 if RESET:
-                    for k in range(first_count):  # with a reset: all that comes before the product with r ∘ h
-                        tile = tile_at(first_tiles, k)
-                        begin = ax + tile[2] * row + tile[0] * G * V
-                        gate_sums(panel, SUM, work, begin, row, state, old, H, work, at.weight_hh, H, tile)
-                        load_rows(panel, OLD, R, state, old, 1, of_state, tile, H)
-                        reset_panel(panel, panel, tile, t, a.lengths, shortest)
-                        store_rows(panel, NEW, R, reset_h, reset_at, 1, of_state, tile, H)
-                        if KEEP:
-                            store(panel, SAVED, R, saved, kept + K * V, 2, of_saved, tile, H)
-                        store(panel, SUM, R, work, sums, G - 1, of_gates, tile, H)
-                        store(panel, SUM + (G - 1) * R, R, work, last_sum, 1, of_sum, tile, H)
+                    until_reset(a, at, panel, ax, kept, sums, last_sum, first_tiles[:first_count], t, shortest)
                     if me.by_units:
                         wait_for_all(me.counter, me.parties)
                 for k in range(last_count):
@@ -214,6 +205,34 @@ def _steps(cell: Cell, dtype, keep: bool):
             store_rows(work, states + R, R, state, slot, S - 1, of_state, tile, H)
 
     return run
+
+
+@cache
+def _until_reset(cell: Cell, dtype, keep: bool):
+    """Build all of a step that comes before the product with r ∘ h: that, and the sums of the gates but the last."""
+    G, K, KS, KEEP, V = len(cell.gates), cell.saved, numbers_saved(cell), keep, VECTOR_BYTES // dtype.itemsize
+    R, (SUM, _, _, SAVED, OLD, NEW, _) = forward_panel(cell, V)
+    gate_sums, reset_panel = tile_product(G, dtype, V, R), forward_reset(cell, dtype, V)
+    store, (load_rows, store_rows) = moves(V, True)[1], moves(V, False)
+
+    @part(cell.name, dtype, keep, forceinline=True)
+    def until_reset(a, at, panel, ax, kept, sums, last_sum, tiles, t, shortest):
+        B, H, work, state, reset_h = a.x.shape[1], a.state.shape[3], a.work, a.state.reshape(-1), a.reset_h.reshape(-1)
+        units, old = (H + V - 1) // V, t * B * H
+        row, of_state, of_sum, reset_at = units * G * V, (0, H, V), (0, units * V, V), old if KEEP else 0
+        for k in range(len(tiles)):
+            tile = tile_at(tiles, k)
+            begin = ax + tile[2] * row + tile[0] * G * V
+            gate_sums(panel, SUM, work, begin, row, state, old, H, work, at.weight_hh, H, tile)
+            load_rows(panel, OLD, R, state, old, 1, of_state, tile, H)
+            reset_panel(panel, panel, tile, t, a.lengths, shortest)
+            store_rows(panel, NEW, R, reset_h, reset_at, 1, of_state, tile, H)
+            if KEEP:
+                store(panel, SAVED, R, a.saved.reshape(-1), kept + K * V, 2, (V, KS * V, a.M * KS * V), tile, H)
+            store(panel, SUM, R, work, sums, G - 1, (V, row, G * V), tile, H)
+            store(panel, SUM + (G - 1) * R, R, work, last_sum, 1, of_sum, tile, H)
+
+    return until_reset
 
 
 @cache

@@ -14,7 +14,7 @@ from numba import njit
 from ..activations import ARITHMETIC, scalar
 from ..cells import Cell
 from .compiling import part, written
-from .products import PANEL, blocks
+from .products import blocks
 from .simd import VECTOR_BYTES, address, as_vector_code, move, prefetch
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "grouped",
     "moves",
     "numbers_saved",
+    "panels_at_most",
     "put_numbers",
     "spread_gates",
     "store_gates",
@@ -62,10 +63,18 @@ def grouped(common: tuple[int, ...], own: tuple[int, ...], N: int) -> tuple[int,
 
 
 @njit
-def tiles_at_most(units, M, R, V):
-    """Return how many tiles so many units of M sequences have at the most, with regions of R numbers in a panel."""
-    rows = R // V // PANEL
-    return units * ((M + rows - 1) // rows + 1)  # one more, for both halves of the batch have theirs
+def tiles_at_most(panels, most, M, R, V):
+    """Return how many tiles so many panels of `most` units, or of fewer, have at the most for M sequences.
+
+    R: numbers of a region of a panel.
+    """
+    rows = R // V // most
+    return panels * ((M + rows - 1) // rows + 1)  # one more, for both halves of the batch have theirs
+
+
+def panels_at_most(units: int, most: int) -> int:
+    """Return how many panels so many units have at the most: a rest, and a last unit by itself, have narrower ones."""
+    return units // most + most.bit_length() - 1
 
 
 def numbers_saved(cell: Cell) -> int:
