@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +24,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from .checks import check_choice, check_dtype
 from .datasets import digit_images, shipped
+from .kernels import Array
 from .model import SequenceModel
 from .tasks import Task, dataset
 
 __all__ = ["APPLICATIONS", "Application", "Data", "Part", "evaluate", "load", "measure", "skill"]
 
-Array = NDArray[Any]
 Indices = NDArray[np.int64]
 
 
@@ -220,20 +221,13 @@ def _in_turns(count: int) -> tuple[Indices, Indices, Indices]:
 
 def _pad(sequences: Sequence[Iterable[int]]) -> tuple[Indices, Indices]:
     """Return numbers (T, N), −1 past the end, and lengths (N,)."""
-    arrays = [np.array(list(sequence), np.int64) for sequence in sequences]
-    lengths = np.array([len(array) for array in arrays])
-    padded = np.full((lengths.max(), len(arrays)), -1)
-    for n, array in enumerate(arrays):
-        padded[: len(array), n] = array
-    return padded, lengths
+    rows = [list(sequence) for sequence in sequences]
+    return np.array([*zip_longest(*rows, fillvalue=-1)], np.int64), np.array([len(row) for row in rows])
 
 
 def _one_hot(numbers: Indices, size: int) -> NDArray[np.float32]:
     """Return numbers (T, N) as (T, N, size), zero for −1."""
-    x = np.zeros((*numbers.shape, size), np.float32)
-    steps, batch = np.nonzero(numbers >= 0)
-    x[steps, batch, numbers[steps, batch]] = 1
-    return x
+    return np.eye(size + 1, size, dtype=np.float32)[numbers]  # the row of −1 is zero
 
 
 def _spelled(texts: Collection[str]) -> tuple[Indices, Indices, list[str]]:

@@ -6,20 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .kernels import Array
 from .kernels.finite import all_finite
 
-__all__ = [
-    "check_array",
-    "check_choice",
-    "check_dtype",
-    "check_flag",
-    "check_integer",
-    "check_lengths",
-    "check_number",
-    "generator",
-]
-
-Array = NDArray[Any]
+__all__ = ["check_array", "check_choice", "check_dtype", "check_flag", "check_integer", "check_lengths", "check_number"]
+__all__ += ["generator"]
 
 
 def check_array(

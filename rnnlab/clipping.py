@@ -8,29 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import check_number
-from .kernels import threads
+from .kernels import Array, threads
 from .kernels.clip import ADAPTIVE, NORM, PERCENTILE, VALUE, clip, compare
 from .model import SequenceModel
 from .params import Params
 from .rnn import Recurrent, past_end
 
-__all__ = [
-    "Adaptive",
-    "AtPreActivations",
-    "ByGlobalNorm",
-    "ByNorm",
-    "ByPercentile",
-    "ByValue",
-    "Clipped",
-    "ClippingRule",
-    "PerTimeStep",
-    "Record",
-    "clipped_gradients",
-    "energy_removed",
-    "new_history",
-]
-
-Array = NDArray[Any]
+__all__ = ["Adaptive", "AtPreActivations", "ByGlobalNorm", "ByNorm", "ByPercentile", "ByValue", "Clipped"]
+__all__ += ["ClippingRule", "PerTimeStep", "Record", "clipped_gradients", "energy_removed", "new_history"]
 
 
 class Record(NamedTuple):

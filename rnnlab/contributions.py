@@ -5,17 +5,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from .gradients import check_finite, run_to_loss
+from .kernels import Array, Floats
 from .kernels.contributions import contributions as measure
 from .model import SequenceModel
 from .rnn import State
 
 __all__ = ["Contributions", "contribution_matrix"]
-
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

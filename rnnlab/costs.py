@@ -4,6 +4,7 @@ Shapes as everywhere: T steps, B batch, I inputs, H hidden units, G gates, L lay
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,18 +16,8 @@ from .cells import CELLS, Cell
 from .checks import check_choice, check_flag, check_integer
 from .model import TOPOLOGIES
 
-__all__ = [
-    "SCOPES",
-    "Bytes",
-    "Shape",
-    "arithmetic",
-    "largest",
-    "layout",
-    "memory",
-    "parameters",
-    "roofline_seconds",
-    "traffic",
-]
+__all__ = ["SCOPES", "Bytes", "Shape", "arithmetic", "largest", "layout", "memory", "parameters", "roofline_seconds"]
+__all__ += ["traffic"]
 
 #: What is computed: inference, or forward and BPTT with all gradients.
 SCOPES = ("forward", "training")
@@ -211,8 +202,5 @@ def largest(cost: Callable[[int], float], budget: float, step: int = 1, most: in
     fits = step
     while 2 * fits <= most and cost(2 * fits) <= budget:
         fits *= 2
-    low, high = fits // step, min(2 * fits, most + step) // step  # `low` fits; `high` does not, or is past `most`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle * step) <= budget else (low, middle)
-    return low * step
+    sizes = range(fits, min(2 * fits, most + 1), step)  # the first of them fits
+    return sizes[bisect_right(sizes, budget, lo=1, key=cost) - 1]

@@ -11,26 +11,16 @@ import io
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from .checks import check_choice, check_dtype, check_integer, generator
+from .kernels import Array
 
-__all__ = [
-    "ORIGINS",
-    "SAMPLERS",
-    "Origin",
-    "Shipped",
-    "digit_images",
-    "hourly_temperatures",
-    "sample",
-    "shipped",
-]
-
-Array = NDArray[Any]
+__all__ = ["ORIGINS", "SAMPLERS", "Origin", "Shipped", "digit_images", "hourly_temperatures", "sample", "shipped"]
 
 
 class Origin(NamedTuple):

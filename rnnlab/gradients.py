@@ -10,25 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .checks import check_choice, check_integer, check_number
-from .kernels import LayerGradients
+from .kernels import Array, Floats, LayerGradients
 from .model import SequenceModel
 from .rnn import Recurrent, State, Trace
 
-__all__ = [
-    "Decay",
-    "GradientFlow",
-    "align",
-    "check_adjoint",
-    "check_finite",
-    "decay",
-    "gradient_flow",
-    "lag_profile",
-    "log_norm",
-    "run_to_loss",
-]
-
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
+__all__ = ["Decay", "GradientFlow", "align", "check_adjoint", "check_finite", "decay", "gradient_flow", "lag_profile"]
+__all__ += ["log_norm", "run_to_loss"]
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from .activations import exp, scalar, sigmoid
+from .kernels import Array
 from .kernels.compiling import cached
 
 __all__ = ["LOSSES", "Loss"]
-
-Array = NDArray[Any]
 
 
 class Loss(NamedTuple):

@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from .cells import Cell
 from .checks import check_array, check_integer, generator
-from .kernels import LayerWeights, backend
+from .kernels import Array, Floats, LayerWeights, backend
+from .kernels.jacobian import Diagonals
 from .rnn import Recurrent, State
 
 __all__ = ["Lyapunov", "lyapunov_spectrum"]
-
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
 
 #: Steps whose trajectory is computed at a time, and the longest interval.
 _CHUNK = 64
@@ -112,11 +109,8 @@ def _linearise(net: Recurrent, x: Array, state: State) -> Iterator[list[Any]]:
             backend("cpu").diagonals(net.cell, layer, net.weights(k), 0, T) for k, layer in enumerate(trace.layers)
         ]
         for t in range(T):
-            yield [type(part)(*(values.astype(np.float64) for values in _of_step(part, t))) for part in parts]
-
-
-def _of_step(part: Any, t: int) -> tuple[Array, ...]:
-    return part.ax[:, t], part.ah[:, t], part.old[:, :, t], part.reset[:, t]
+            of_step = ((part.ax[:, t], part.ah[:, t], part.old[:, :, t], part.reset[:, t]) for part in parts)
+            yield [Diagonals(*(values.astype(np.float64) for values in numbers)) for numbers in of_step]
 
 
 def _run(

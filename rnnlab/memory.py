@@ -10,14 +10,11 @@ from scipy.special import expit, log_expit
 
 from .checks import check_integer, generator
 from .gradients import align, check_adjoint, log_norm, run_to_loss
-from .kernels import backend
+from .kernels import Array, Floats, backend
 from .model import SequenceModel
 from .rnn import Recurrent, State
 
 __all__ = ["MemoryPath", "gate_statistics", "gates", "memory_path", "survival"]
-
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

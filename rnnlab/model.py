@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import check_array, check_choice, check_flag, check_integer, check_lengths, generator
+from .kernels import Array
 from .losses import LOSSES, Loss
 from .params import Params
 from .rnn import Checkpoints, Gradients, Recurrent, State, Trace
 
 __all__ = ["GENERATING", "LAST", "TOPOLOGIES", "LossGradients", "SequenceModel"]
-
-Array = NDArray[Any]
 
 #: Arrangements of inputs and outputs (Karpathy 2015; Goodfellow, Bengio & Courville 2016, ch. 10).
 TOPOLOGIES = ("one_to_one", "one_to_many", "many_to_one", "many_to_many", "encoder_decoder")
@@ -196,11 +195,9 @@ class SequenceModel:
         elif every:
             gradients = self.rnn.gradients(run, d_features, clip=clip)
         else:
-            d_h = np.zeros_like(run.final if isinstance(run.final, np.ndarray) else run.final[0])
-            d_h[-1] = d_features
-            gradients = self.rnn.gradients(
-                run, None, d_h if isinstance(run.final, np.ndarray) else (d_h, np.zeros_like(d_h)), clip
-            )
+            d_final = self.rnn.stack_state("d_final", None, len(run.lengths))
+            d_final[0, -1] = d_features
+            gradients = self.rnn.gradients(run, None, self.rnn.unstack_state(d_final), clip)
         params = self.params.like()
         self._put(params, "rnn", gradients.params)
         self._put_readout(params, features, d_logits)

@@ -4,17 +4,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checks import check_number
+from .kernels import Array
 from .kernels.compiling import cached
 
 __all__ = ["SGD", "Adam", "Optimiser", "RMSprop"]
-
-Array = NDArray[Any]
 
 
 @cached("sgd")

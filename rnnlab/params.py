@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .cells import Cell
 from .checks import check_array, check_choice, check_integer, check_number
+from .kernels import Array
 
 __all__ = ["INITIALISERS", "Params", "initialise", "layer_shapes"]
 
-Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 

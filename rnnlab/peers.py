@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .checks import check_choice, generator
 from .clipping import ByGlobalNorm
 from .costs import Shape
-from .kernels import DEVICES, LayerWeights, backend, threads
+from .kernels import DEVICES, Array, LayerWeights, backend, threads
 from .model import SequenceModel
 from .optim import SGD
 from .prepared import Backpropagation, Inference
@@ -31,7 +30,6 @@ from .training import TrainingStep
 __all__ = ["DTYPES", "PEERS", "SCOPES", "NotApplicable", "Peer", "Problem", "Run", "tolerance", "train_torch"]
 __all__ += ["worst_error"]
 
-Array = NDArray[Any]
 Results = dict[str, Array]
 
 #: forward: inference; training: forward and BPTT with all gradients; step: loss, BPTT, clipping and SGD update.

@@ -7,17 +7,14 @@ use such an object at a time, on the CPU.
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .checks import check_array, check_integer
-from .kernels import cpu
+from .kernels import Array, cpu
 from .kernels.team import empty, run_together
 from .params import Params
 from .rnn import Gradients, Recurrent, State, of_layers
 
 __all__ = ["Backpropagation", "Inference"]
-
-Array = NDArray[Any]
 
 
 def _shape_of(net: Recurrent, steps: int, batch: int) -> tuple[int, int, int]:

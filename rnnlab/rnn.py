@@ -18,12 +18,11 @@ from .checks import (
     check_number,
     generator,
 )
-from .kernels import DEVICES, LayerGradients, LayerTrace, LayerWeights, backend
+from .kernels import DEVICES, Array, LayerGradients, LayerTrace, LayerWeights, backend
 from .params import Params
 
 __all__ = ["GRU", "LSTM", "RNN", "Checkpoints", "Gradients", "Recurrent", "Trace"]
 
-Array = NDArray[Any]
 State = Array | tuple[Array, Array]
 
 

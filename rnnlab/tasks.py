@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .checks import check_array, check_choice, check_dtype, check_integer, check_lengths, generator
+from .kernels import Array
 from .kernels.compiling import cached
 from .losses import LOSSES
 from .model import GENERATING, LAST, TOPOLOGIES, SequenceModel
 from .rnn import Recurrent, past_end
 
 __all__ = ["TASKS", "Task", "dataset", "sample_task"]
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

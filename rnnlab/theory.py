@@ -10,28 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.special import gammaln, log_expit, logsumexp, xlogy
 
 from .checks import check_array, check_choice, check_integer, check_number
+from .kernels import Array, Floats
 from .rnn import Recurrent
 
-__all__ = [
-    "forget_gate_rate",
-    "gate_exponents",
-    "linear_exponents",
-    "resting_gradient",
-    "resting_rate",
-    "singular_value_bound",
-    "tanh_gradient",
-    "tanh_mean_exponent",
-    "tanh_rate",
-    "tanh_variance",
-]
-
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
+__all__ = ["forget_gate_rate", "gate_exponents", "linear_exponents", "resting_gradient", "resting_rate"]
+__all__ += ["singular_value_bound", "tanh_gradient", "tanh_mean_exponent", "tanh_rate", "tanh_variance"]
 
 #: Cells with a gate that keeps the state and looks at nothing but x and h.
 _KEEPING = ("lstm", "lstm_coupled", "gru", "gru_reset_before")
@@ -109,7 +97,8 @@ def tanh_variance(gain: float, input_variance: float = 0.0) -> float:
         return 0.0
     # E tanh² ≥ q − 2q², so that with v = 0 the map lies above q up to half of 1 − 1/g².
     low = v if v > 0 else 0.25 * (1 - 1 / g2)
-    return _root(lambda q: g2 * _mean(lambda a: np.tanh(a) ** 2, q) + v, low, g2 + v)
+    above, real = lambda q: g2 * _mean(lambda a: np.tanh(a) ** 2, q) + v - q, np.finfo(np.float64)
+    return float(brentq(above, low, g2 + v, xtol=real.tiny, rtol=4 * real.eps))
 
 
 def tanh_rate(gain: float, input_variance: float = 0.0) -> float:
@@ -195,8 +184,8 @@ def _at_rest(cell: str, gain: float, forget_bias: float) -> tuple[float, float]:
 # Gaussian means -----------------------------------------------------------------------------------------------------
 
 
-def _rule(variance: float) -> tuple[Floats, Floats]:
-    """Return points √variance·z and weights of a mean over z ~ N(0, 1).
+def _mean(function: Callable[[Floats], Floats], variance: float, means: Floats | float = 0.0) -> float:
+    """Return E function(m + √variance·z), z ~ N(0, 1), averaged over the means m, to about 1e-15.
 
     The trapezoidal rule converges as e^(−2πd/step) for what is analytic at |Im z| < d, and tanh(√variance·z) is with
     d = (π/2)/√variance: e^−39 here. Beyond |z| = 9 lies 2e-19 of the weight.
@@ -205,19 +194,7 @@ def _rule(variance: float) -> tuple[Floats, Floats]:
     z: Floats = step * np.arange(-math.ceil(9 / step), math.ceil(9 / step) + 1.0)
     weights: Floats = np.exp(-0.5 * z**2)
     weights /= weights.sum()
-    return math.sqrt(variance) * z, weights
-
-
-def _mean(function: Callable[[Floats], Floats], variance: float, means: Floats | float = 0.0) -> float:
-    """Return E function(m + √variance·z), z ~ N(0, 1), averaged over the means m, to about 1e-15."""
-    points, weights = _rule(variance)
-    return float((function(np.reshape(means, (-1, 1)) + points) @ weights).mean())
-
-
-def _root(settle: Callable[[float], float], low: float, high: float) -> float:
-    """Return where settle(q) = q, to the last digits, settle(q) − q being of unlike signs at both ends."""
-    tiny = np.finfo(np.float64).tiny
-    return float(brentq(lambda q: settle(q) - q, low, high, xtol=tiny, rtol=4 * np.finfo(np.float64).eps))
+    return float((function(np.reshape(means, (-1, 1)) + math.sqrt(variance) * z) @ weights).mean())
 
 
 def _log(value: float) -> float:

@@ -12,18 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from .kernels.simd import CHAINS, VECTOR_BYTES, run_chains
 
-__all__ = [
-    "Ratio",
-    "bandwidth",
-    "cuda_clock",
-    "interleave",
-    "peak_flops",
-    "pin",
-    "ratio",
-    "thread_environment",
-    "usable_cores",
-    "wall_clock",
-]
+__all__ = ["Ratio", "bandwidth", "cuda_clock", "interleave", "peak_flops", "pin", "ratio", "thread_environment"]
+__all__ += ["usable_cores", "wall_clock"]
 
 Seconds = NDArray[np.float64]
 Clock = Callable[[Callable[[], Any]], float]

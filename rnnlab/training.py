@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from .checks import check_array, check_integer, check_lengths, check_number, generator
 from .clipping import ByPercentile, ClippingRule, new_history
-from .kernels import cpu
+from .kernels import Array, cpu
 from .kernels import step as steps_of
 from .kernels.calls import Bound, bind
 from .kernels.clip import NORM, compare
@@ -31,7 +30,6 @@ from .tasks import Task, check_steps, find_task, sample_task, synthetic, target_
 
 __all__ = ["StepResult", "TrainingLog", "TrainingStep", "error_rate", "train", "until_solved"]
 
-Array = NDArray[Any]
 Row = dict[str, Any]
 
 

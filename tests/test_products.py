@@ -357,27 +357,27 @@ def test_tiles_cover_every_row_and_unit_once(group, one_row):
 
 @pytest.mark.parametrize("most", [1, 2, 4, 8])
 def test_states_of_tiles_have_room(most):
-    """A tile's states lie behind those of all tiles before it, of whatever panels and halves of the batch."""
+    """Those of a thread begin behind all that threads before it can have, and end within what all have."""
     vectors, V = 24, 4
 
-    def room(count, M):
-        return tiles_at_most(count, most, M, vectors * V, V)
-
-    def tiles(units, first, last, sequences):
-        return products.list_tiles(table, *sequences, first, last, units, most, vectors, V)
+    def tiles(first, last, units, widest, *sequences):
+        return products.list_tiles(table, *sequences, first, last, units, widest, vectors, V)
 
     for units in range(1, 3 * most + 2):
         table = np.zeros((2 * units * 31, 5), np.int64)
         for M in range(1, 31):
-            for cut in {0, (M + 1) // 2, M}:  # going back
-                count = tiles(units, 0, units, (0, cut)) + tiles(units, 0, units, (cut, M))
-                assert count <= room(panels_at_most(units, most), M)
-                for before in range(0, units + 1 - most, most):
-                    assert tiles(units, 0, before, (0, cut)) + tiles(units, 0, before, (cut, M)) <= room(
-                        before // most, M
+            end = tiles_at_most(panels_at_most(units, most), most, M, vectors * V, V)
+            for start in range(0, units, most):
+                begin = tiles_at_most(start // most, most, M, vectors * V, V)
+                for cut in {0, (M + 1) // 2, M}:  # going back: both halves of the batch
+                    before, after = (
+                        sum(tiles(*part, units, most, *half) for half in ((0, cut), (cut, M)))
+                        for part in ((0, start), (start, units))
                     )
-            last = products.list_tiles(table, 0, M, units - 1, units, units, 1, vectors, V)  # forward, by itself
-            assert tiles(units - 1, 0, units - 1, (0, M)) + last <= room(panels_at_most(units, most), M)
+                    assert before <= begin
+                    assert begin + after <= end
+                last = tiles(units - 1, units, units, 1, 0, M)  # forward: the last unit by itself
+                assert begin + tiles(start, units - 1, units - 1, most, 0, M) + last <= end
 
 
 # Sums over rows -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sequence kernels: one file a device, the same few functions in each.
+"""Sequence kernels: one module a device, the same few functions in each.
 
 `backend(device)` returns the module that computes there: `kernels.cpu` (Numba `@njit`), `kernels.cuda` (`@cuda.jit`).
 """
@@ -12,22 +12,14 @@ import numpy as np
 from numba import config
 from numpy.typing import NDArray
 
-__all__ = [
-    "DEVICES",
-    "DeviceNotAvailable",
-    "LayerGradients",
-    "LayerTrace",
-    "LayerWeights",
-    "available",
-    "backend",
-    "set_threads",
-    "threads",
-]
+__all__ = ["DEVICES", "DeviceNotAvailable", "LayerGradients", "LayerTrace", "LayerWeights", "available", "backend"]
+__all__ += ["set_threads", "threads"]
 
 if importlib.util.find_spec("numba_cuda") and not hasattr(np, "row_stack"):
     np.row_stack = np.vstack  # noqa: NPY201 (numba-cuda 0.30 looks for what NumPy 2.5 has no more)
 
 Array = NDArray[Any]
+Floats = NDArray[np.float64]
 
 DEVICES = ("cpu", "cuda")
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from ..cells import Cell
-from . import Array, LayerTrace, LayerWeights, threads
+from . import Array, Floats, LayerTrace, LayerWeights, threads
 from .calls import borrow
 from .compiling import cached, part
 from .panels import backward_panel, backward_reset, backward_step, moves, numbers_saved
@@ -31,8 +30,6 @@ from .simd import VECTOR_BYTES, address
 from .team import empty
 
 __all__ = ["contributions"]
-
-Floats = NDArray[np.float64]
 
 #: Rows (loss steps times batch) that go back together: what they carry stays in the second-level cache.
 _ROWS = 128

@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from ..cells import Cell
-from .cuda_block import barrier_of, device_function, enter, kind_of, parts_of, put, sequence_kernel, take
+from .cuda_block import barrier_of, block_of, device_function, kind_of, parts_of, put, sequence, sequence_kernel, take
 from .panels import numbers_saved
 from .plan import Plan
 from .ptx import SIMULATED, device
@@ -74,15 +74,15 @@ def backward_kernel(cell: Cell, made: Plan, scaled: bool):
     With `scaled` each step has an exponent, the largest over the units of a sequence, `NO_EXPONENT` where all are zero.
     """
     P, RESET, SCALED, H, TILE = len(cell.peepholes), cell.reset is not None, scaled, made.hidden, made.tile
-    product, start_last, (block_of, sequence) = parts_of(made, 0), parts_of(made, -1).start, enter(made)
+    product, start_last, this_block = parts_of(made, 0), parts_of(made, -1).start, block_of(made)
     start, multiply, gather, barrier, take_peepholes = *product[:3], barrier_of(made), take(P)
     receive, rescale = _receive(cell, made, scaled), _rescale(cell, made) if scaled else None
     after_reset, none = _after_reset(cell, made) if RESET else None, (kind_of(made.dtype).number(0),)
 
     @device
     def backward(a):
-        block = block_of(a)
-        weights, own = start(block, a.packed), take_peepholes(a.peephole, block.inside, H)
+        block = this_block(a)
+        weights, own = start(block, a.packed), take_peepholes(a.peephole, block.unit_read, H)
         if RESET:
             weights_last = start_last(block, a.packed_last)
         passed = barrier(block, 0)
@@ -112,18 +112,17 @@ def backward_kernel(cell: Cell, made: Plan, scaled: bool):
 @cache
 def _first_state(S: int):
     """Build (states, h) ↦ the states, with h in the place of the first."""
-    return device_function(
-        "first_state", "states, h", [f"return (h, {''.join(f'states[{s}], ' for s in range(1, S))})"]
-    )
+    lines = [f"return (h, {''.join(f'states[{s}], ' for s in range(1, S))})"]
+    return device_function("first_state", "states, h", lines)
 
 
 @cache
 def _receive(cell: Cell, made: Plan, scaled: bool):
-    """Build the first part of a step and tile: dL/dstate of what follows; the cell too, unless that is to be `scaled`.
+    """Build the first part of a step and tile: dL/dstate as step t+1 left it, what came through W_hh added; the cell.
 
-    Then the exponents of what it is a sum of are noted, and dL/dstate is stored as the step behind scaled it.
+    With `scaled`, instead of the cell: it is stored with the exponent of step t+1, those of its summands are noted.
     """
-    S, SCALED, H, product, (_, sequence) = len(cell.states), scaled, made.hidden, parts_of(made, 0), enter(made)
+    S, SCALED, H, product = len(cell.states), scaled, made.hidden, parts_of(made, 0)
     multiply, gather, take_states, put_states = product.multiply, product.gather, take(S), put(S)
     first_state, finish, none = _first_state(S), _finish(cell, made), (kind_of(made.dtype).number(0),)
     lines = [f"highest(exponent, at, v[{s}], base)" for s in range(S)]
@@ -131,19 +130,19 @@ def _receive(cell: Cell, made: Plan, scaled: bool):
 
     @device
     def receive(block, a, weights, own, t, b0):
-        (active, b), states, slot = sequence(block, b0), (a.T + 1) * a.B * H, t + 1
+        (active, b), states = sequence(block, b0), (a.T + 1) * a.B * H
         at = t * a.B + b
-        direct, running = a.d_output[at * H + block.inside], t < a.lengths[b]
-        if slot < a.T:
-            multiply(block, weights, a.packed, slot % 2, b0)
+        direct, running = a.d_output[at * H + block.unit_read], t < a.lengths[b]
+        if t < a.T - 1:
+            multiply(block, weights, a.packed, (t + 1) % 2, b0)
         if active:
             after = at + a.B
             d = take_states(a.d_state, after * H + block.unit, states)
-            if slot < a.T:
+            if t < a.T - 1:
                 d = first_state(d, d[0] + gather(block, none)[0])
             if SCALED:
                 put_states(a.d_state, after * H + block.unit, states, d)
-                before = _exponent_at(a.exponent, after + a.B, slot < a.T)
+                before = _exponent_at(a.exponent, after + a.B, t < a.T - 1)
                 if running:
                     note(a.exponent, after, d, before)
                     _highest(a.exponent, after, direct, a.d_output_exponent[at])
@@ -159,8 +158,8 @@ def _receive(cell: Cell, made: Plan, scaled: bool):
 
 @cache
 def _rescale(cell: Cell, made: Plan):
-    """Build what follows in a scaled step when all have noted their exponents: dL/dstate with the highest, the cell."""
-    S, H, (_, sequence), finish = len(cell.states), made.hidden, enter(made), _finish(cell, made)
+    """Build the rest of a scaled step and tile, when all exponents are noted: dL/dstate with the highest; the cell."""
+    S, H, finish = len(cell.states), made.hidden, _finish(cell, made)
     first_state, take_states = _first_state(S), take(S)
     lines = [f"return ({''.join(f'scale(v[{s}], n), ' for s in range(S))})"]
     scale_states = device_function("scale_states", "v, n", lines, scale=_scale)
@@ -216,14 +215,14 @@ def _finish(cell: Cell, made: Plan):
 def _after_reset(cell: Cell, made: Plan):
     """Build what follows when dL/d(r ∘ h) has come back: gate r, and its part of dL/dh."""
     G, K, KS, H, zero = len(cell.gates), cell.saved, numbers_saved(cell), made.hidden, kind_of(made.dtype).number(0)
-    product, send, (_, sequence), take_two = parts_of(made, -1), parts_of(made, 0).send, enter(made), take(2)
+    product, send, take_two = parts_of(made, -1), parts_of(made, 0).send, take(2)
     multiply, gather, reset_backward, none = product.multiply, product.gather, cell.reset[1], (zero,)
 
     @device
     def after_reset(block, a, weights, t, b0):
         (active, b), unit = sequence(block, b0), block.unit
         at = t * a.B + b
-        kept, running = take_two(a.saved, (at * KS + K) * H + block.inside, H), t < a.lengths[b]
+        kept, running = take_two(a.saved, (at * KS + K) * H + block.unit_read, H), t < a.lengths[b]
         multiply(block, weights, a.packed_last, 0, b0)
         if active:
             d_reset = gather(block, none)[0]

@@ -15,8 +15,8 @@ from .panels import put_numbers, take_numbers
 from .plan import ARITHMETIC, Plan, Product
 from .ptx import MMA, NARROW, SIMULATED, cluster_barrier, copy16, copy_wait, device, grid_barrier, load4, store_remote
 
-__all__ = ["barrier_of", "device_function", "enter", "kind_of", "narrow_kernel", "pack_kernel", "parts_of", "plus"]
-__all__ += ["put", "sequence_kernel", "take"]
+__all__ = ["barrier_of", "block_of", "device_function", "kind_of", "narrow_kernel", "pack_kernel", "parts_of", "plus"]
+__all__ += ["put", "sequence", "sequence_kernel", "take"]
 
 #: (array, at, stride) ↦ so many numbers as a tuple, and its inverse, see `panels.take_numbers`.
 take = cache(lambda count: device(take_numbers(count).py_func))
@@ -53,7 +53,7 @@ def kind_of(dtype: str) -> Kind:
 
 
 def sequence_kernel(made: Plan, body, arguments):
-    """Return the kernel of a device function, which takes the fields of the class `arguments` one by one.
+    """Return the kernel that takes the fields of the class `arguments` one by one, and hands them to `body` as one.
 
     It has the threads of a plan, and is alone on its multiprocessor.
     """
@@ -66,13 +66,13 @@ def sequence_kernel(made: Plan, body, arguments):
 
 
 class Block(NamedTuple):
-    """Where a thread works.
+    """A block of a kernel, as one of its threads sees it.
 
     words, numbers and stored: shared memory, one region in three views, with barriers between them; exchange and
     exchange_words: memory for blocks that are no cluster, in two views; arrived: how many came to a barrier, by team.
-    tid, rank and team number the thread in its block, this in its team, and that; the team has so many `sequences` of
-    the B of the batch, from `first` on. The thread runs the cell of unit `u` of the block, `unit` of the network, in
-    row `row` of each tile, where `mine` says that there are such a unit and row; `inside` is a unit that exists.
+    team: which one, of B sequences it has so many `sequences` from `first` on; rank: the block in its team; tid: the
+    thread in its block. The thread runs the cell of unit `u` of the block, `unit` of the network, in row `row` of each
+    tile, where `mine` says that there are such a unit and row; for loads `unit_read` is a unit that exists.
     """
 
     words: Any
@@ -90,16 +90,13 @@ class Block(NamedTuple):
     u: int
     row: int
     unit: int
-    inside: int
+    unit_read: int
     mine: bool
 
 
 @cache
-def enter(made: Plan):
-    """Build arguments ↦ a thread's `Block`, vectors in shared memory set to zero, and (block, b0) ↦ (active, b).
-
-    b is the sequence that the thread has in the tile from b0 on; where it has none, and is not active, one that exists.
-    """
+def block_of(made: Plan):
+    """Build arguments ↦ the `Block` of a thread; it sets the vectors in shared memory to zero."""
     number, word, sent, _ = kind_of(made.dtype)
     BLOCKS, THREADS, UNITS, SLICE, TILE = made.blocks, made.threads, made.units, made.slice, made.tile
     VECTORS_END, H = made.regions[2], made.hidden
@@ -119,11 +116,13 @@ def enter(made: Plan):
             min(SLICE, a.B - first), u, row, unit, min(unit, H - 1), row < TILE and unit < H,
         )  # fmt: skip
 
-    @device
-    def sequence(block, b0):
-        return block.mine and b0 + block.row < block.sequences, block.first + min(b0 + block.row, block.sequences - 1)
+    return block_of
 
-    return block_of, sequence
+
+@device
+def sequence(block, b0):
+    """Return whether the thread has a sequence in the tile from b0 on, and which; if not, one that exists."""
+    return block.mine and b0 + block.row < block.sequences, block.first + min(b0 + block.row, block.sequences - 1)
 
 
 @cache
@@ -244,7 +243,7 @@ class Parts(NamedTuple):
     """A product as a kernel uses it.
 
     start(block, packed) ↦ the weights in registers, those of shared memory put there; multiply(block, weights, packed,
-    slot, b0): the sums of the tile from b0 on, of the vectors in `slot`; gather(block, start) ↦ a tuple, what has been
+    slot, b0): the sums of the tile from b0 on, of the vectors in `slot`; gather(block, begin) ↦ a tuple, what has been
     multiplied added to it; send(block, slot, b0, k, value): number k of a vector of this thread's row, to all blocks.
     """
 
@@ -308,8 +307,8 @@ def parts_of(made: Plan, index: int) -> Parts:
         cuda.syncthreads()
 
     @device
-    def gather(block, start):
-        return sums_of(block.numbers, SUMS + block.row * SUM_ROW + block.u, start)
+    def gather(block, begin):
+        return sums_of(block.numbers, SUMS + block.row * SUM_ROW + block.u, begin)
 
     @device
     def send(block, slot, b0, k, value):

@@ -4,7 +4,18 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..cells import Cell
-from .cuda_block import barrier_of, device_function, enter, kind_of, parts_of, plus, put, sequence_kernel, take
+from .cuda_block import (
+    barrier_of,
+    block_of,
+    device_function,
+    kind_of,
+    parts_of,
+    plus,
+    put,
+    sequence,
+    sequence_kernel,
+    take,
+)
 from .panels import numbers_saved
 from .plan import Plan
 from .ptx import device
@@ -39,15 +50,15 @@ class ForwardArguments(NamedTuple):
 def forward_kernel(cell: Cell, made: Plan, keep: bool):
     """Build the kernel that fills state[:, 1:] and, with `keep`, saved and reset_h."""
     G, P, RESET, H, TILE = len(cell.gates), len(cell.peepholes), cell.reset is not None, made.hidden, made.tile
-    JOINT, head, start, (block_of, sequence) = cell.joint, parts_of(made, 0), parts_of(made, -1).start, enter(made)
-    start_head, send_head, barrier = head.start, head.send, barrier_of(made)
+    JOINT, head, start, barrier = cell.joint, parts_of(made, 0), parts_of(made, -1).start, barrier_of(made)
+    start_head, send_head, this_block = head.start, head.send, block_of(made)
     take_gates, take_peepholes, join = take(G), take(P), plus(G)
-    run_cell, until_reset = _cell(cell, made, keep), _until_reset(cell, made, keep) if RESET else None
+    run_cell, until_reset = _run_cell(cell, made, keep), _until_reset(cell, made, keep) if RESET else None
 
     @device
     def forward(a):
-        block = block_of(a)
-        weights, j = start(block, a.packed), block.inside
+        block = this_block(a)
+        weights, j = start(block, a.packed), block.unit_read
         bias, bias_h = take_gates(a.bias_ih, j, H), take_gates(a.bias_hh, j, H)
         own = take_peepholes(a.peephole, j, H)
         if JOINT:
@@ -77,13 +88,13 @@ def forward_kernel(cell: Cell, made: Plan, keep: bool):
 def _until_reset(cell: Cell, made: Plan, keep: bool):
     """Build all of a step and tile that comes before the product with r ∘ h: gates but the last, as sums in ax."""
     G, K, KS, HEAD, H = len(cell.gates), cell.saved, numbers_saved(cell), len(cell.gates) - 1, made.hidden
-    KEEP, product, send, (_, sequence) = keep, parts_of(made, 0), parts_of(made, -1).send, enter(made)
+    KEEP, product, send = keep, parts_of(made, 0), parts_of(made, -1).send
     multiply, gather, take_gates, join = product.multiply, product.gather, take(G), plus(G)
     put_head, put_two, reset, nothing = put(HEAD), put(2), cell.reset[0], kind_of(made.dtype).number(-0.0)
 
     @device
     def until_reset(block, a, weights, bias, t, b0):
-        (active, b), j, unit = sequence(block, b0), block.inside, block.unit
+        (active, b), j, unit = sequence(block, b0), block.unit_read, block.unit
         at = t * a.B + b
         inputs, h_old = take_gates(a.ax, at * G * H + j, H), a.state[at * H + j]
         multiply(block, weights, a.packed_head, t % 2, b0)
@@ -100,11 +111,11 @@ def _until_reset(cell: Cell, made: Plan, keep: bool):
 
 
 @cache
-def _cell(cell: Cell, made: Plan, keep: bool):
+def _run_cell(cell: Cell, made: Plan, keep: bool):
     """Build the rest of a step and tile: the product, the cell, and h sent to all blocks."""
     G, S, K, KS, HEAD = len(cell.gates), len(cell.states), cell.saved, numbers_saved(cell), len(cell.gates) - 1
     JOINT, RESET, KEEP, H, number = cell.joint, cell.reset is not None, keep, made.hidden, kind_of(made.dtype).number
-    product, send, (_, sequence) = parts_of(made, -1), parts_of(made, 0).send, enter(made)
+    product, send = parts_of(made, -1), parts_of(made, 0).send
     multiply, gather, join, take_gates, take_states = product.multiply, product.gather, plus(G), take(G), take(S)
     take_head = device_function("take_head", "a", [f"return ({''.join(f'a[{g}], ' for g in range(HEAD))})"])
     put_states, put_saved, put_two, step = put(S), put(K), put(2), cell.whole_step
@@ -112,7 +123,7 @@ def _cell(cell: Cell, made: Plan, keep: bool):
 
     @device
     def run_cell(block, a, weights, bias, bias_h, own, t, b0):
-        (active, b), j, unit, states = sequence(block, b0), block.inside, block.unit, (a.T + 1) * a.B * H
+        (active, b), j, unit, states = sequence(block, b0), block.unit_read, block.unit, (a.T + 1) * a.B * H
         at = t * a.B + b
         inputs, old = take_gates(a.ax, at * G * H + j, H), take_states(a.state, at * H + j, states)
         running = t < a.lengths[b]

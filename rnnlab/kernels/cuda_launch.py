@@ -108,12 +108,12 @@ def _stream(pointer: int) -> Any:
 
 
 def elementwise(kernel: Any, *arrays: Array) -> Launch:
-    """Return the launch of a kernel that does one number of the last array after the other."""
+    """Return the launch of a kernel with a thread for each number of the last array, or for several."""
     return Launch(kernel, arrays, min(1024, -(-arrays[-1].size // 256)), 256)
 
 
 def scan(kernel: Any, made: Plan, arguments: Any) -> Launch:
-    """Return the launch of a sequence kernel, its blocks together; arguments: see there."""
+    """Return the launch of a sequence kernel with its `ForwardArguments` or `BackwardArguments`."""
     cluster = made.blocks if made.tier == "A" else 1
     if made.tier != "A" and 2 * (arguments.T + 1) * made.blocks >= 2**31:  # two barriers a step, counted in 32 bits
         raise ValueError(f"x must have fewer than {2**30 // made.blocks - 1} steps, got {arguments.T}")

@@ -209,7 +209,7 @@ def _steps(cell: Cell, dtype, keep: bool):
 
 @cache
 def _until_reset(cell: Cell, dtype, keep: bool):
-    """Build all of a step that comes before the product with r ∘ h: that, and the sums of the gates but the last."""
+    """Build all of a step before the product with r ∘ h: that, sums of the gates, of the last what it starts from."""
     G, K, KS, KEEP, V = len(cell.gates), cell.saved, numbers_saved(cell), keep, VECTOR_BYTES // dtype.itemsize
     R, (SUM, _, _, SAVED, OLD, NEW, _) = forward_panel(cell, V)
     gate_sums, reset_panel = tile_product(G, dtype, V, R), forward_reset(cell, dtype, V)

@@ -7,6 +7,7 @@ of their own, from step to step; that it lies apart LLVM is told.
 """
 
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 from numba import njit
@@ -17,26 +18,9 @@ from .compiling import part, written
 from .products import blocks
 from .simd import VECTOR_BYTES, address, as_vector_code, move, prefetch
 
-__all__ = [
-    "APART",
-    "backward_panel",
-    "backward_reset",
-    "backward_step",
-    "bring",
-    "forward_panel",
-    "forward_reset",
-    "forward_step",
-    "grouped",
-    "moves",
-    "numbers_saved",
-    "panels_at_most",
-    "put_numbers",
-    "spread_gates",
-    "store_gates",
-    "take_numbers",
-    "tile_product",
-    "tiles_at_most",
-]
+__all__ = ["APART", "backward_panel", "backward_reset", "backward_step", "bring", "forward_panel", "forward_reset"]
+__all__ += ["forward_step", "grouped", "moves", "numbers_saved", "panels_at_most", "put_numbers", "spread_gates"]
+__all__ += ["store_gates", "take_numbers", "tile_product", "tiles_at_most"]
 
 
 #: Numbers between what two threads write over and over: at least a page, beyond which no core fetches ahead. Closer,
@@ -47,17 +31,12 @@ APART = 1024
 _PANEL_BYTES, _VECTORS = 24 * 2**10, 24
 
 
-def _regions(*sizes: int) -> tuple[int, ...]:
-    """Return where each of the regions begins that follow each other, and where the last one ends."""
-    return tuple(sum(sizes[:k]) for k in range(len(sizes) + 1))
-
-
 def grouped(common: tuple[int, ...], own: tuple[int, ...], N: int) -> tuple[int, ...]:
     """Return where each region of a work space begins, those that N groups have of their own for the first of them.
 
     After that how far groups lie apart, and where all end.
     """
-    *places, end = _regions(*common, *own)
+    *places, end = accumulate((*common, *own), initial=0)
     begin, apart = places[len(common)], end - places[len(common)] + APART
     return *places, apart, begin + N * apart
 
@@ -99,7 +78,7 @@ def backward_panel(cell: Cell, V: int) -> tuple[int, tuple[int, ...]]:
 def _panel(V: int, *numbers: int) -> tuple[int, tuple[int, ...]]:
     """Return the size of a region and where each begins, given how many of the same kind follow each other."""
     vectors = max(1, _PANEL_BYTES // (VECTOR_BYTES * sum(numbers) * _VECTORS)) * _VECTORS
-    return V * vectors, _regions(*(V * vectors * n for n in numbers))
+    return V * vectors, tuple(accumulate((V * vectors * n for n in numbers), initial=0))
 
 
 # To and from memory -------------------------------------------------------------------------------------------------

@@ -15,31 +15,9 @@ from ..activations import ARITHMETIC
 from .compiling import part, written
 from .simd import REGISTERS, VECTOR_BYTES, address, move, tile
 
-__all__ = [
-    "DEPTH",
-    "PANEL",
-    "STRIPS",
-    "add_narrow",
-    "add_sums",
-    "add_transposed",
-    "blocks",
-    "list_tiles",
-    "multiply",
-    "multiply_columns",
-    "pack_columns",
-    "pack_gates",
-    "pack_peepholes",
-    "pack_shared",
-    "panel_units",
-    "rows_at",
-    "scratch_size",
-    "share",
-    "shared_vectors",
-    "tile_at",
-    "tile_rows",
-    "whole_units",
-    "width_at",
-]
+__all__ = ["DEPTH", "PANEL", "STRIPS", "add_narrow", "add_sums", "add_transposed", "blocks", "list_tiles", "multiply"]
+__all__ += ["multiply_columns", "pack_columns", "pack_gates", "pack_peepholes", "pack_shared", "panel_units", "rows_at"]
+__all__ += ["scratch_size", "share", "shared_vectors", "tile_at", "tile_rows", "whole_units", "width_at"]
 
 #: Rows that `add_transposed` packs at a time: a strip of them and part of a panel stay in the first-level cache, or all
 #: of the panel, where tiles pass over it twice,

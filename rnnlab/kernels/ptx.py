@@ -14,18 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import config, cuda, types
 
-__all__ = [
-    "MMA",
-    "NARROW",
-    "SIMULATED",
-    "cluster_barrier",
-    "copy16",
-    "copy_wait",
-    "device",
-    "grid_barrier",
-    "load4",
-    "store_remote",
-]
+__all__ = ["MMA", "NARROW", "SIMULATED", "cluster_barrier", "copy16", "copy_wait", "device", "grid_barrier", "load4"]
+__all__ += ["store_remote"]
 
 #: Whether kernels run as Python, see NUMBA_ENABLE_CUDASIM.
 SIMULATED = bool(config.ENABLE_CUDASIM)

@@ -16,7 +16,7 @@ from numba import njit, types
 from numpy.typing import NDArray
 
 from ..cells import Cell
-from . import threads
+from . import Array, threads
 from .calls import draw_ticket, invoke, tickets_drawn
 from .compiling import cached
 from .products import panel_units, share
@@ -24,8 +24,6 @@ from .simd import VECTOR_BYTES, address
 
 __all__ = ["CACHE", "Party", "empty", "groups_of", "plan", "post", "predicted_seconds", "run_together", "shares"]
 __all__ += ["wait_for_all", "wait_until_done"]
-
-Array = NDArray[Any]
 
 # Memory -------------------------------------------------------------------------------------------------------------
 
