@@ -47,7 +47,7 @@ def slow(model, x, targets, lengths):
     return found
 
 
-def check(model, x, targets, lengths=None, tolerance=TOLERANCE):
+def assert_equals_textbook(model, x, targets, lengths=None, tolerance=TOLERANCE):
     expected = slow(model, x, targets, lengths)
     got = contribution_matrix(model, x, targets, lengths=lengths)
     gradients = model.loss_and_gradients(x, targets, lengths).params
@@ -74,25 +74,25 @@ def check(model, x, targets, lengths=None, tolerance=TOLERANCE):
 @pytest.mark.parametrize("cell", rnnlab.CELLS)
 def test_every_contribution_is_that_of_the_textbook(cell):
     model = random_model(cell)
-    check(model, *random_data(model, 6, 3), lengths=[6, 2, 5])
+    assert_equals_textbook(model, *random_data(model, 6, 3), lengths=[6, 2, 5])
 
 
 @pytest.mark.parametrize("cell", ["lstm_peephole", "gru", "gru_reset_before"])
 def test_many_loss_steps_units_and_sequences(cell):
     """More loss steps than go back together, more units than a vector has, more sequences than units."""
     model = random_model(cell, hidden_size=21, scale=0.2)
-    check(model, *random_data(model, 20, 23))
+    assert_equals_textbook(model, *random_data(model, 20, 23))
 
 
 def test_last_layer_of_a_stack_without_biases():
     model = random_model("lstm", layers=2, bias=False)
-    check(model, *random_data(model, 5, 2))
+    assert_equals_textbook(model, *random_data(model, 5, 2))
 
 
 def test_float32():
     """An adjoint sums 20 products a step over 8 steps, each rounded to 6e-8: 1e-5 if all err one way. Found: 2e-7."""
     model = random_model("lstm", dtype="float32")
-    check(model, *random_data(model, 8, 3), tolerance=1e-5)
+    assert_equals_textbook(model, *random_data(model, 8, 3), tolerance=1e-5)
 
 
 def test_loss_at_the_last_step_has_one_contribution_a_lag():

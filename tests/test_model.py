@@ -66,7 +66,8 @@ class Problem:
     def loss(self):
         return self.gradients().loss
 
-    def check(self, array, gradient):
+    def assert_differences(self, array, gradient):
+        """The slope along a random direction is that of differences of the loss."""
         direction = random_direction(self.rng, array)
         difference = directional_difference(self.loss, array, direction)
         assert (gradient * direction).sum() == pytest.approx(difference, abs=DIFFERENCE_TOLERANCE)
@@ -82,10 +83,10 @@ def test_gradients_equal_finite_differences(topology, teacher_forcing, loss):
     problem = Problem(topology, loss, teacher_forcing, seed=1)
     result = problem.gradients()
     for name, values in problem.model.params.items():
-        problem.check(values, result.params[name])
-    problem.check(problem.x, result.x)
+        problem.assert_differences(values, result.params[name])
+    problem.assert_differences(problem.x, result.x)
     for part, gradient in zip(parts_of(problem.state), parts_of(result.recurrent["rnn"].state), strict=True):
-        problem.check(part, gradient)
+        problem.assert_differences(part, gradient)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -93,8 +94,8 @@ def test_gradients_equal_finite_differences(topology, teacher_forcing, loss):
 def test_gradients_equal_finite_differences_in_both_directions(topology, loss):
     problem = Problem(topology, loss, bidirectional=True, cell="gru", seed=2)
     result = problem.gradients()
-    problem.check(problem.model.params.flat, result.params.flat)
-    problem.check(problem.x, result.x)
+    problem.assert_differences(problem.model.params.flat, result.params.flat)
+    problem.assert_differences(problem.x, result.x)
 
 
 @pytest.mark.parametrize("teacher_forcing", [False, True])
@@ -103,7 +104,7 @@ def test_gradient_of_a_generating_models_state(teacher_forcing):
     problem = Problem("one_to_many", "cross_entropy", teacher_forcing, cell="gru", seed=3)
     flow = problem.gradients().recurrent["rnn"]
     for k in range(2):
-        problem.check(problem.state[k], flow.h[k][0])
+        problem.assert_differences(problem.state[k], flow.h[k][0])
         np.testing.assert_array_equal(flow.h[k][0], flow.state[k])
 
 

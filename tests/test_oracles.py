@@ -113,7 +113,8 @@ class LinearLoss:
         finals = zip(parts_of(self.d_final), parts_of(trace.final), strict=True)
         return (self.d_output * trace.output).sum() + sum((d * part).sum() for d, part in finals)
 
-    def check(self, array, gradient):
+    def assert_differences(self, array, gradient):
+        """The slope along a random direction is that of differences of the loss."""
         direction = random_direction(self.rng, array)
         difference = directional_difference(self, array, direction)
         # The loss is a sum of some 200 terms around 1.
@@ -124,16 +125,16 @@ class LinearLoss:
 def test_finite_differences_of_initial_state(cell):
     loss = LinearLoss(cell, seed=7)
     for part, gradient in zip(parts_of(loss.state), parts_of(loss.gradients.state), strict=True):
-        loss.check(part, gradient)
+        loss.assert_differences(part, gradient)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_finite_differences_of_loss(cell):
     """Every parameter, and x."""
     loss = LinearLoss(cell, seed=8)
-    loss.check(loss.x, loss.gradients.x)
+    loss.assert_differences(loss.x, loss.gradients.x)
     for name, values in loss.net.params.items():
-        loss.check(values, loss.gradients.params[name])
+        loss.assert_differences(values, loss.gradients.params[name])
 
 
 # Closed forms ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_initialiser_returns_the_shape_that_it_was_asked_for(name):
         assert draw(name, rows, columns).shape == (rows, columns)
 
 
-def moments_of_uniform(values, bound):
+def assert_uniform(values, bound):
     """Uniform on (−bound, bound): within it, up to its ends, and with its variance bound²/3."""
     assert np.abs(values).max() <= bound
     assert values.min() < -0.99 * bound  # missed by 40,000 draws with probability 1e-87
@@ -39,11 +39,11 @@ def moments_of_uniform(values, bound):
 
 
 def test_uniform_is_bounded_by_the_hidden_size():
-    moments_of_uniform(draw("uniform", 400, 100, hidden_size=25), 1 / 5)
+    assert_uniform(draw("uniform", 400, 100, hidden_size=25), 1 / 5)
 
 
 def test_glorot_is_bounded_by_rows_and_columns():
-    moments_of_uniform(draw("glorot", 400, 100), np.sqrt(6 / 500))
+    assert_uniform(draw("glorot", 400, 100), np.sqrt(6 / 500))
 
 
 def test_gaussian_has_variance_one_over_columns():
@@ -116,7 +116,7 @@ def test_each_gate_has_a_block_of_its_own(cell):
 def test_glorot_counts_the_rows_of_one_gate():
     net = Recurrent("lstm", 20, 50, dtype="float64")
     net.initialise("glorot", "glorot", seed=3)
-    moments_of_uniform(net.params["weight_hh_l0"], np.sqrt(6 / 100))
+    assert_uniform(net.params["weight_hh_l0"], np.sqrt(6 / 100))
     for block in gate_blocks(net, "weight_ih_l0").values():
         assert 0.98 * np.sqrt(6 / 70) < np.abs(block).max() <= np.sqrt(6 / 70)
 
@@ -124,7 +124,7 @@ def test_glorot_counts_the_rows_of_one_gate():
 def test_default_is_that_of_torch():
     """U(−1/√H, 1/√H) for all weights and biases."""
     net = Recurrent("lstm", 100, 100, 2, bidirectional=True, dtype="float64", seed=4)
-    moments_of_uniform(net.params.flat, 0.1)
+    assert_uniform(net.params.flat, 0.1)
     for values in net.params.values():
         assert 0.09 < np.abs(values).max() <= 0.1
 
