@@ -8,6 +8,9 @@ import pytest
 import rnnlab
 from rnnlab.gradients import decay, lag_profile, log_norm
 
+#: Of ln ‖gradient‖ in float64, rescaled at every step or not: some hundred roundings of sums of some hundred terms.
+LOGARITHM = 1e-11
+
 
 def build(
     cell="lstm", topology="many_to_one", loss="mse", *, dtype="float64", layers=1, bidirectional=False, outputs=2
@@ -30,11 +33,11 @@ def test_flow_is_the_log_norm_of_the_plain_gradient(cell):
                 expected = np.log(np.maximum(np.linalg.norm(3 * gradient[: length + 1, b], axis=1), 1e-300))
                 zero = expected < -600
                 assert np.isneginf(measured[: length + 1, b][zero]).all()
-                np.testing.assert_allclose(measured[: length + 1, b][~zero], expected[~zero], rtol=0, atol=1e-11)
+                np.testing.assert_allclose(measured[: length + 1, b][~zero], expected[~zero], rtol=0, atol=LOGARITHM)
                 assert np.isnan(measured[length + 1 :, b]).all()
     for b, length in enumerate(lengths):
         expected = np.log(np.linalg.norm(3 * plain.x[:length, b], axis=1))
-        np.testing.assert_allclose(flow.x[:length, b], expected, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(flow.x[:length, b], expected, rtol=0, atol=LOGARITHM)
 
 
 def test_direct_part_is_the_last_step_only_or_every_step():
@@ -42,7 +45,7 @@ def test_direct_part_is_the_last_step_only_or_every_step():
     model, x = build("gru"), rng.normal(size=(5, 2, 3))
     last = rnnlab.gradient_flow(model, x, rng.normal(size=(2, 2)))
     assert np.isneginf(last.direct_h[0][:5]).all()
-    np.testing.assert_allclose(last.direct_h[0][5], last.h[0][5], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(last.direct_h[0][5], last.h[0][5], rtol=0, atol=LOGARITHM)
     every = rnnlab.gradient_flow(model, x, rng.normal(size=(5, 2, 2)), "every")
     assert np.isneginf(every.direct_h[0][0]).all()
     assert np.isfinite(every.direct_h[0][1:]).all()
@@ -67,7 +70,7 @@ def test_direct_part_passes_through_no_later_step(cell):
             pairs.append((flow.direct_c[0], gradients.c[0][1]))
         for measured, plain in pairs:
             np.testing.assert_allclose(
-                measured[t + 1], np.log(np.linalg.norm(count * plain, axis=1)), rtol=0, atol=1e-11
+                measured[t + 1], np.log(np.linalg.norm(count * plain, axis=1)), rtol=0, atol=LOGARITHM
             )
 
 
@@ -82,7 +85,7 @@ def test_constant_error_carousel_to_the_last_bit():
         dc = model.loss_and_gradients(x, targets).recurrent["rnn"].c[0]
         assert (dc != 0).all()
         np.testing.assert_array_equal(dc, np.broadcast_to(dc[1000], dc.shape))
-        assert np.ptp(rnnlab.gradient_flow(model, x, targets).c[0], axis=0).max() < 1e-12
+        assert np.ptp(rnnlab.gradient_flow(model, x, targets).c[0], axis=0).max() < LOGARITHM
 
 
 def test_saturation_beyond_the_dtype_is_reported():
@@ -105,7 +108,7 @@ def test_loss_at_every_step_sums_the_losses():
     x, targets = rng.normal(size=(6, 2, 3)), rng.normal(size=(6, 2, 2))
     flow = rnnlab.gradient_flow(model, x, targets, "every")
     plain = model.loss_and_gradients(x, targets).recurrent["rnn"].h[0] * targets[..., 0].size
-    np.testing.assert_allclose(flow.h[0][1:], np.log(np.linalg.norm(plain, axis=2))[1:], rtol=0, atol=1e-11)
+    np.testing.assert_allclose(flow.h[0][1:], np.log(np.linalg.norm(plain, axis=2))[1:], rtol=0, atol=LOGARITHM)
 
 
 def test_hundred_thousand_steps_in_float32():
@@ -117,8 +120,9 @@ def test_hundred_thousand_steps_in_float32():
     flow = rnnlab.gradient_flow(model, np.zeros((steps, 1, 1), np.float32), np.ones((1, 1), np.float32))
     norms = flow.by_lag("h")[0]
     expected = norms[0] - 0.5 * np.arange(steps + 1)
-    np.testing.assert_allclose(norms[1:], expected[1:], rtol=1e-4)
-    assert flow.decay("h").rate == pytest.approx(-0.5, rel=1e-5)
+    # W_hh in float32 has singular values to 1e-7 of theirs, as has the product of a step: 4e-7 of its half nat.
+    np.testing.assert_allclose(norms[1:], expected[1:], rtol=1e-6)
+    assert flow.decay("h").rate == pytest.approx(-0.5, rel=1e-6)
 
 
 def test_growth_does_not_overflow_in_float32():

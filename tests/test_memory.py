@@ -66,7 +66,7 @@ def test_paths_of_stacked_and_bidirectional_networks():
     found, flow = memory_path(model, *arguments), rnnlab.gradient_flow(model, *arguments)
     for k in range(4):
         np.testing.assert_array_equal(found.total[k], flow.c[k])
-        assert found.shares[k][5] == pytest.approx([1, 1])
+        assert found.shares[k][5] == pytest.approx([1, 1], abs=1e-14)  # a sum of a few terms
 
 
 @pytest.mark.parametrize("cell", [name for name in rnnlab.CELLS if "rnn" not in name])
@@ -150,5 +150,6 @@ def test_a_perturbation_of_an_open_memory_survives_in_float32():
     net.initialise("zeros", "zeros", "zeros")
     (found,) = survival(net, np.zeros((300, 2, 1), np.float32), lengths=[300, 40], seed=0)
     assert np.isnan(found["c", "c"][1, 41:]).all()
+    # A half is exact: what is left are the roundings of norms in float32.
     np.testing.assert_allclose(found["c", "c"][0], -math.log(2) * np.arange(301), rtol=1e-6, atol=1e-6)
     assert np.isneginf(found["h", "c"][0, 1:]).all()

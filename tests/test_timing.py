@@ -55,7 +55,7 @@ def test_short_calls_are_repeated_within_a_sample():
     times = timing.interleave({"call": call}, seconds=0, rounds=(3, 3), sample=5e-3, pause=0)["call"]
     assert counts["n"] > 3 * 10  # sleeping 0.1 ms takes 0.1 to 0.3 ms: at least 16 to a sample of 5 ms
     assert (times >= 1e-4).all()
-    assert np.median(times) < 2e-3
+    assert np.median(times) < 2e-3  # of one call: a sample takes more
 
 
 @pytest.mark.parametrize(("busy", "naps"), [([], 1), ([1, 1], 3), ([0.05], 1), ([1] * 1000, 50)])
@@ -96,8 +96,8 @@ def test_measured_limits_are_physical():
     x = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
     product = 2 * 256**3 / min(timing.wall_clock(lambda: x @ x) for _ in range(20))
     cores = timing.usable_cores()
-    assert product < 1.1 * max(peak, cores * peak)  # BLAS cannot pass it
-    assert 5e8 < timing.bandwidth(megabytes=32) < 1e12
+    assert product < 1.1 * cores * peak  # BLAS cannot pass it; a clock that follows the load may be 10 % faster
+    assert 5e8 < timing.bandwidth(megabytes=32) < 1e12  # less than one channel of DDR3, more than a socket's caches
 
 
 def test_pin_wants_an_environment_that_libraries_started_with(monkeypatch):
