@@ -183,13 +183,14 @@ def _lay_out(
         return None
     teams, of_cell = -(-B // part), _products(cell, H, backward)
     # Of the registers of a thread, 255 at most, half hold weights, less what addresses and a cell take.
-    words = max(0, min(256, chip.registers // threads) // 2 - 16) // len(of_cell)
+    spare = max(0, min(256, chip.registers // threads) // 2 - 16)
+    words = spare // len(of_cell)
     products = [_cut(gates, depth, units, threads, dtype, words) for gates, depth in of_cell]
     resident = all(product.chunks == product.registers for product in products)
     few, many = (8, 16) if kind.rows > 1 else (4, 8)
     inner = few if resident or tile <= few else many
     if inner == many:  # weights that are loaded serve more sequences, whose sums take registers
-        most = (64 if kind.rows > 1 else 88) // len(of_cell)
+        most = (64 if kind.rows > 1 else max(0, spare - 24)) // len(of_cell)
         products = [_cut(gates, depth, units, threads, dtype, min(words, most)) for gates, depth in of_cell]
     if kind.rows == 1:
         inner = min(inner, tile)
