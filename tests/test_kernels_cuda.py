@@ -111,7 +111,7 @@ def test_arithmetics_are_those_that_are_compared():
     "problem", [("lstm", "bf16", 16, 128), ("rnn_tanh", "float32", 64, 512), ("lstm", "float64", 53, 256)]
 )
 def test_registers_of_a_kernel_hold_its_weights_and_no_memory_does(problem):
-    """The second has 512 threads, of 128 registers, and takes five sequences at a time; the third eight, of 64 bits."""
+    """The second has 512 threads, of 128 registers, and takes five sequences at a time; the third is of 64 bits."""
     found = resources(plan(*problem))
     assert 32 < found["registers"] <= 255  # of a thread: NVIDIA's limit, and more than no weights at all would take
     assert found["local_bytes"] == found["spilled_bytes"] == 0

@@ -182,16 +182,17 @@ def _lay_out(
     if tile * units > threads or (threads > 256 and not cluster):  # 128 registers are too few to be without spills
         return None
     teams, of_cell = -(-B // part), _products(cell, H, backward)
-    # Of the registers of a thread, 255 at most, half hold weights, less what addresses and a cell take: more of 128,
-    # where threads multiply without tensor cores.
-    spare = max(0, min(256, chip.registers // threads) // 2 - (24 if threads > 256 and kind.rows == 1 else 16))
+    # Of the registers of a thread, 255 at most, half hold weights, less what addresses and a cell take, more in float64
+    # and, of 128, where threads multiply without tensor cores.
+    taken = 72 if kind.word == 8 else 24 if threads > 256 and kind.rows == 1 else 16
+    spare = max(0, min(256, chip.registers // threads) // 2 - taken)
     words = spare // len(of_cell)
     products = [_cut(gates, depth, units, threads, dtype, words) for gates, depth in of_cell]
     resident = all(product.chunks == product.registers for product in products)
-    few, many = (8, 16) if kind.rows > 1 else (4, 8)
+    few, many = (8, 16) if kind.rows > 1 else (4, 4 if kind.word == 8 else 8)  # sums of float64 take twice the room
     inner = few if resident or tile <= few else many
-    if inner == many:  # weights that are loaded serve more sequences, whose sums take registers
-        most = (64 if kind.rows > 1 else max(0, spare - (64 if kind.word == 8 else 24))) // len(of_cell)
+    if inner > few:  # weights that are loaded serve more sequences, whose sums take registers
+        most = (64 if kind.rows > 1 else max(0, spare - 24)) // len(of_cell)
         products = [_cut(gates, depth, units, threads, dtype, min(words, most)) for gates, depth in of_cell]
     if kind.rows == 1:
         inner = min(inner, tile)
